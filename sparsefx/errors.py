@@ -1,0 +1,25 @@
+"""One error base; every message carries the value that caused it and says what to do."""
+
+
+class SparsefxError(Exception):
+    """Base of every error that sparsefx raises on purpose."""
+
+
+class ConfigError(SparsefxError, ValueError):
+    """A configuration that makes no sense: the message names the key, the value, what is allowed."""
+
+
+class MaskError(SparsefxError, ValueError):
+    """A mask that can't be made or doesn't hold: the message names the shape, n, m or the tile."""
+
+
+class PassError(SparsefxError, RuntimeError):
+    """A pass failed under ``strict=True``: the message names the pass, the node and the layer."""
+
+
+class KernelError(SparsefxError, RuntimeError):
+    """A kernel that was asked for by name can't run here: the message says why."""
+
+
+class ExportError(SparsefxError, RuntimeError):
+    """An export that failed its check: the message names the check and the worst error."""
