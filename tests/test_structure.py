@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
 ABOVE_ALL = {"__init__", "testing"}  # may import every room; no room may import them
 
 PRIVATE = re.compile(r"torch(\.\w+)*\._\w+|torch\.fx\.experimental\b")
-# Underscored, and yet a contract: _check and its kin are documented, operators are called by schema.
+# Underscored, yet contracts: _check and its kin are documented, operators are called by schema.
 PRIVATE_BUT_STABLE = ("torch._check", "torch.ops.")
 
 # /name/ where a path can begin: after a quote, a space, an equals sign or a bracket.
