@@ -1,0 +1,90 @@
+"""How an op runs fast: one folder per op, one row here per kernel.
+
+The torch dispatcher is the only registry: the reference serves every device, and a row below
+overrides it for one dispatch key. A launcher's module, and with it triton, is imported on the
+op's first call. Where triton isn't installed its rows are left out and the reference serves.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from sparsefx import ops
+
+if __name__ != "sparsefx.kernels":
+    raise ImportError(
+        f"this folder is sparsefx.kernels and was imported as {__name__!r}: "
+        "import it under that name (a root folder called kernels on sys.path shadows others)"
+    )
+
+
+class Row(NamedTuple):
+    """One kernel of one op."""
+
+    op: str  # its name in the sparsefx namespace
+    key: str  # the dispatch key that it overrides
+    target: str  # "module:function", the launcher; its signature is the op's
+    needs: str  # the package without which the row is left out
+    name: str  # what a report calls it
+
+
+TABLE = (
+    Row("nm_mm", "CUDA", "sparsefx.kernels.nm_mm.triton:nm_mm", "triton", "triton nm_mm"),
+    Row(
+        "sampled_mm",
+        "CUDA",
+        "sparsefx.kernels.sampled_mm.triton:sampled_mm",
+        "triton",
+        "triton sampled_mm",
+    ),
+    Row(
+        "sampled_mm_grad_input",
+        "CUDA",
+        "sparsefx.kernels.sampled_mm.triton:sampled_mm_grad_input",
+        "triton",
+        "triton sampled_mm_grad_input",
+    ),
+    Row(
+        "sampled_mm_grad_weight",
+        "CUDA",
+        "sparsefx.kernels.sampled_mm.triton:sampled_mm_grad_weight",
+        "triton",
+        "triton sampled_mm_grad_weight",
+    ),
+)
+
+_LIBRARY = torch.library.Library("sparsefx", "IMPL")
+
+
+def register() -> None:
+    """Give every row whose package is installed to the dispatcher; a second call changes nothing."""
+    for row in TABLE:
+        op = getattr(torch.ops.sparsefx, row.op).default
+        if importlib.util.find_spec(row.needs) and not ops.has_kernel(op, row.key.lower()):
+            _LIBRARY.impl(row.op, _imported_on_first_call(row.target), row.key)
+
+
+def kernel_for(op_name: str, device_type: str) -> str | None:
+    """What a report calls the kernel that an op runs on a device, None where the reference runs.
+
+    Args:
+        op_name: The op, such as "nm_mm".
+        device_type: A torch device type, such as "cuda".
+    """
+    for row in TABLE:
+        if (row.op, row.key.lower()) == (op_name, device_type):
+            return row.name if importlib.util.find_spec(row.needs) else None
+    return None
+
+
+def _imported_on_first_call(target: str) -> Callable[..., torch.Tensor]:
+    @functools.cache
+    def launcher() -> Callable[..., torch.Tensor]:
+        module, function = target.split(":")
+        return getattr(importlib.import_module(module), function)
+
+    return lambda *args: launcher()(*args)

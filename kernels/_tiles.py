@@ -1,0 +1,104 @@
+"""Which tile, and which of two ways: pure functions of shape, item size and chip.
+
+Nothing here changes what an op computes; it decides only how. The constants are an H200's (two
+ceilings measured, the rest from the data sheet or assumed) and no choice below has been timed on
+a GPU yet: GPU.md lists the runs that settle them.
+"""
+
+import functools
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+RATE = {2: 790e12, 4: 50e12}  # flop/s of a library GEMM by item size; 4 bytes: plain fp32, no tf32
+BANDWIDTH = 4.3e12  # bytes/s of a copy
+INTEGER_RATE = 17e12  # 32-bit integer operations/s off the tensor cores
+LAUNCH = 2.5e-6  # seconds, one more kernel in the stream
+MASK_SHARE = {2: 0.8, 4: 0.5}  # assumed: Triton's share of RATE where the mask costs nothing
+ROWS_SHARE = {2: 0.6, 4: 0.5}  # assumed: the same with whole rows gathered (published: 0.5-0.65)
+COLUMNS_SHARE = {2: 0.25, 4: 0.4}  # assumed: single elements gathered, 2 bytes a load at 16 bits
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels here can add up
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a tile choice needs to know of a device: bytes of shared memory, multiprocessors."""
+
+    shared: int = 99 * 1024  # the smallest of the chips since Ampere
+    processors: int = 132
+
+
+@functools.cache
+def chip(device: torch.device) -> Chip:
+    """The chip behind a device; the smallest one we plan for where the device can't say."""
+    if device.type != "cuda":
+        return Chip()
+    properties = torch.cuda.get_device_properties(device)
+    shared = 64 * 1024 if torch.version.hip else properties.shared_memory_per_block_optin
+    return Chip(shared, properties.multi_processor_count)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of two that is at least ``size`` (1 for 0)."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def gemm(rows: int, cols: int, depth: int, itemsize: int, group: int, chip: Chip) -> dict[str, int]:
+    """Tile of a GEMM whose right operand passes through registers on its way to the dot.
+
+    Args:
+        rows: M.
+        cols: N.
+        depth: K, the reduction.
+        itemsize: Bytes of an element, 2 or 4.
+        group: BN and BK are multiples of this power of two (at most 32).
+        chip: The device.
+
+    Returns:
+        BM, BN, BK, GROUP (tile rows that share their columns in L2), num_warps, num_stages.
+    """
+    wide = 128 if itemsize == 2 else 64  # fp32 adds up in registers without tensor cores
+    bm = min(wide, max(16, power_of_2(rows)))
+    bn = min(wide if bm >= 64 else 64, max(16, group, power_of_2(cols)))
+    while bn > 32 and ceil(rows / bm) * ceil(cols / bn) < chip.processors:
+        bn //= 2
+    bk = (128 if bm < 64 else 64) // (1 if itemsize == 2 else 4)  # few rows: more weight in flight
+    bk = min(max(bk, group), max(16, group, power_of_2(depth)))
+    warps = 8 if bm * bn >= wide * wide else 4
+    stage, ranked = (bm + bn) * bk * itemsize, bn * bk * itemsize
+    stages = next((s for s in (4, 3, 2) if s * stage + ranked <= chip.shared), 1)
+    return {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "num_warps": warps, "num_stages": stages}
+
+
+def mask_in_gemm(rows: int, cols: int, depth: int, itemsize: int, n: int, m: int) -> bool:
+    """Rank the weights inside the GEMM (True), or write a masked copy for the library's GEMM.
+
+    Inside, every tile row ranks all weights again, off the tensor cores; the copy costs one launch
+    and two passes over the weight. So it is a matter of few rows or many.
+    """
+    dense = 2 * rows * cols * depth / RATE[itemsize]
+    traffic = (rows * depth + depth * cols + rows * cols) * itemsize / BANDWIDTH
+    ranking = cols * depth * (8 + 3 * min(n, m - n)) / INTEGER_RATE  # instructions, from the SASS
+    copy = LAUNCH + max(ranking, 2 * cols * depth * itemsize / BANDWIDTH)
+    inside = max(dense / MASK_SHARE[itemsize], traffic) + ceil(rows / 128) * ranking
+    return inside <= max(dense, traffic) + copy
+
+
+def columns_in_gemm(rows: int, cols: int, depth: int, itemsize: int) -> bool:
+    """Gather x's columns and w's rows inside the GEMM (True), or copy both for the library's."""
+    return _copies_cost_more(rows, cols, depth, itemsize, COLUMNS_SHARE, launches=2)
+
+
+def rows_in_gemm(rows: int, cols: int, depth: int, itemsize: int, copies: int) -> bool:
+    """Gather rows and scatter the result inside the GEMM (True), or by ``copies`` launches."""
+    return _copies_cost_more(rows, cols, depth, itemsize, ROWS_SHARE, launches=copies)
+
+
+def _copies_cost_more(
+    rows: int, cols: int, depth: int, itemsize: int, share: dict[int, float], launches: int
+) -> bool:
+    """Copies move 2 * (rows + cols) * depth elements: large sides pay once, small ones never."""
+    dense = 2 * rows * cols * depth / RATE[itemsize]
+    copies = launches * LAUNCH + 2 * (rows + cols) * depth * itemsize / BANDWIDTH
+    return dense / share[itemsize] <= dense + copies

@@ -1,0 +1,95 @@
+"""Every kernel compiles for a GPU that isn't here: Triton's compiler and ptxas need none.
+
+Run by itself, without the interpreter, this file compiles; pytest runs it as a process.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CAPABILITIES = {80: "mma.sync", 90: "wgmma"}  # and their tensor-core instruction
+SIZES = {"rows", "cols", "depth"}
+CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3 product
+    "nm_mm-2:4": ("nm_mm", "_nm_mm_kernel", "bf16", "sxk swk sb syj", (2, 4, 0)),
+    "nm_mm-16:32": ("nm_mm", "_nm_mm_kernel", "fp32", "sxk swj sb syj", (16, 32, 1)),
+    "nm_mm-4:6": ("nm_mm", "_nm_mm_kernel", "fp16", "sxk swk sb syj", (4, 6, 0)),
+    "masked-2:4": ("nm_mm", "_masked_weight_kernel", "bf16", "swk syk", (2, 4, 0)),
+    "sampled": ("sampled_mm", "_sampled_mm_kernel", "bf16", "sxk swk st sb syj", None),
+    "gather-scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sak sbk st syj", True),
+    "scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sai sbj st syi", False),
+}
+
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or platform.machine() != "x86_64",
+    reason="needs triton and its ptxas",
+)
+
+
+@pytest.fixture(scope="module")
+def built(root, tmp_path_factory):
+    """What main() prints: for every capability and case, shared memory and instructions."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(root)}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    command = [sys.executable, "-P", __file__]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles(case, capability, built):
+    shared, tensor_core = built[f"{case} {capability}"]
+    assert shared <= 99 * 1024  # fits the smallest chip that the tiles are for
+    copies, adds = case.startswith("masked"), case == "nm_mm-16:32"  # no dot; fp32's ieee dot
+    assert tensor_core == ([] if copies or adds else [CAPABILITIES[capability]])
+
+
+def compile_for(case: str, capability: int) -> tuple[int, list[str]]:
+    """Compile one case; return its shared memory and the tensor-core instructions it uses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sparsefx.kernels import _tiles
+
+    module, name, element, ones, constants = CASES[case]
+    kernel = getattr(importlib.import_module(f"sparsefx.kernels.{module}.triton"), name)
+    tile = _tiles.gemm(1024, 1024, 1024, 4 if element == "fp32" else 2, 32, _tiles.Chip())
+    options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
+    values = tile | dict.fromkeys(ones.split(), 1)
+    if module == "nm_mm":
+        n, m, dim = constants
+        values |= {"N": n, "M": m, "MP": _tiles.power_of_2(m), "DIM": dim}
+    else:
+        values["GATHER"] = constants
+    values = {key: value for key, value in values.items() if key in kernel.arg_names}
+
+    def kind(argument):
+        if argument in values:
+            return "constexpr"
+        if argument in SIZES or argument.startswith("s"):
+            return "i32"
+        return "*i64" if argument == "index" else f"*{element}"
+
+    place = kernel.arg_names.index
+    source = ASTSource(
+        kernel,
+        signature={argument: kind(argument) for argument in kernel.arg_names},
+        constexprs={(place(key),): value for key, value in values.items()},
+        attrs={(place(a),): [["tt.divisibility", 16]] for a in kernel.arg_names if a not in values},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    used = [i for i in CAPABILITIES.values() if f"{i}." in compiled.asm["ptx"]]
+    return compiled.metadata.shared, used
+
+
+if __name__ == "__main__":
+    print(json.dumps({f"{i} {c}": compile_for(i, c) for i in CASES for c in CAPABILITIES}))
