@@ -61,7 +61,7 @@ _LIBRARY = torch.library.Library("sparsefx", "IMPL")
 
 
 def register() -> None:
-    """Give every row whose package is installed to the dispatcher; a second call changes nothing."""
+    """Give every row whose package is installed to the dispatcher; a second call adds nothing."""
     for row in TABLE:
         op = getattr(torch.ops.sparsefx, row.op).default
         if importlib.util.find_spec(row.needs) and not ops.has_kernel(op, row.key.lower()):
