@@ -1,0 +1,260 @@
+"""Find the products of every layer and tell forward, grad_input and grad_weight apart.
+
+    mm, addmm, bmm, convolution                          forward
+    mm, bmm, conv_grad_input, conv_grad_weight           its gradients: same seq_nr, and the same
+                                                         operand behind the transposes
+
+Needs    canonicalize ran; placeholders carry their names (meta["sparsefx_input"]).
+Adds     meta["sparsefx"] = Plan(site) to every product's node.
+"""
+
+import math
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from sparsefx import naming, ops
+from sparsefx.plan import Plan, Role, Site, Size
+from sparsefx.rewriting import INPUT, PLAN, PassResult, peel, plan_of, value
+
+aten = torch.ops.aten
+
+_KINDS = {
+    aten.mm.default: "mm",
+    aten.addmm.default: "mm",
+    aten.bmm.default: "bmm",
+    aten.convolution.default: "conv",
+}
+_CONV_GRADIENTS = {ops.conv_grad_input: "grad_input", ops.conv_grad_weight: "grad_weight"}
+_VIEWS = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
+    aten.transpose.int, aten.t.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
+    aten.unsqueeze.default, aten.expand.default, aten.alias.default, aten.detach.default,
+    aten.clone.default, aten.slice.Tensor, aten.select.int,
+    torch.ops.prims.convert_element_type.default, aten._to_copy.default,
+}  # fmt: skip
+
+
+def find_sites(gm: GraphModule) -> PassResult:
+    """Run the pass."""
+    result, before = PassResult(gm), {n: plan_of(n) for n in gm.graph.nodes}
+    graph = _Graph(gm)
+    for group, node in enumerate(graph.forwards):
+        node.meta[PLAN] = Plan(_forward_site(node, group, graph))
+    for node in graph.backwards:
+        _mark_backward(node, graph)
+    for node in gm.graph.nodes:
+        if plan_of(node) != _undecided(before.get(node)):
+            result.modified = True
+        elif before.get(node) is not None:  # found before: what was decided then stays
+            node.meta[PLAN] = before[node]
+    return result
+
+
+def _undecided(plan: Plan | None) -> Plan | None:
+    return plan and replace(plan, decision=None)
+
+
+@dataclass
+class _Graph:
+    """What has to be known of the whole graph."""
+
+    gm: GraphModule
+    forwards: list[Node] = field(default_factory=list)
+    backwards: list[Node] = field(default_factory=list)
+    has_backward: bool = False
+
+    def __post_init__(self) -> None:
+        nodes = list(self.gm.graph.nodes)
+        self.has_backward = any(_is_backward(n) for n in nodes)
+        for node in nodes:
+            if node.op != "call_function" or not _has_floats(node):
+                continue
+            if _is_backward(node):
+                self.backwards.append(node)
+            elif node.target in _KINDS:
+                self.forwards.append(node)
+        self.activations = _activations(nodes)
+        self.final = _final_products(nodes, set(self.forwards))
+        self.by_seq: dict[object, list[Node]] = {}
+        for node in self.forwards:
+            self.by_seq.setdefault(node.meta.get("seq_nr"), []).append(node)
+
+
+def _is_backward(node: Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def _has_floats(node: Node) -> bool:
+    found = node.meta.get("val")
+    return isinstance(found, Tensor) or (node.target is aten.convolution_backward.default)
+
+
+def _activations(nodes: Iterable[Node]) -> set[Node]:
+    """Nodes that depend on an input which is neither a parameter nor a buffer."""
+    found: set[Node] = set()
+    for node in nodes:
+        if node.op == "placeholder":
+            known = node.meta.get(INPUT)
+            if known is None or known.kind == "input":
+                found.add(node)
+        elif any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _final_products(nodes: list[Node], forwards: set[Node]) -> set[Node]:
+    """Products that reach an output through views alone and feed no other product."""
+    feeds: set[Node] = set()
+    for node in reversed(nodes):
+        if any((u in forwards or u in feeds) and not _is_backward(u) for u in node.users):
+            feeds.add(node)
+    final: set[Node] = set()
+    for result in nodes[-1].all_input_nodes:
+        node: Node | None = result
+        while node is not None and not _is_backward(node):
+            if node in forwards:
+                if node not in feeds:
+                    final.add(node)
+                break
+            source = node.args[0] if node.op == "call_function" and node.target in _VIEWS else None
+            node = source if isinstance(source, Node) else None
+    return final
+
+
+def _tensors(node: Node) -> tuple[Node, Node]:
+    """The two factors of a product."""
+    first = 1 if node.target is aten.addmm.default else 0
+    left, right = node.args[first : first + 2]
+    assert isinstance(left, Node) and isinstance(right, Node), node.format_node()
+    return left, right
+
+
+def _forward_site(node: Node, group: int, graph: _Graph) -> Site:
+    left, right = _tensors(node)
+    kind = _KINDS[node.target]  # type: ignore[index]  # membership was checked
+    sides = [side for side in (left, right) if side not in graph.activations]
+    weight = None
+    if len(sides) == 1 and kind != "bmm":
+        weight = "right" if sides[0] is right else "left"
+    found = naming.weight_of(sides[0]) if len(sides) == 1 else None
+    shape, channels = _shape(node, kind)
+    transposed = kind == "conv" and bool(node.args[6])
+    return Site(
+        layer=naming.layer_of(node, found),
+        role="forward",
+        kind=kind,  # type: ignore[arg-type]
+        op=naming.op_name(node.target),
+        shape=shape,
+        dtype=str(value(right).dtype).removeprefix("torch."),
+        device=value(right).device.type,
+        group=group,
+        module_types=naming.module_types(node),
+        source=naming.source_line(node),
+        weight=weight,
+        weight_name=found,
+        channels=channels,
+        depthwise=channels is not None and channels[0] == 1 and channels[2] != 1,
+        transposed=transposed,
+        is_output=node in graph.final,
+        has_backward=graph.has_backward,
+    )
+
+
+def _shape(
+    node: Node, kind: str
+) -> tuple[tuple[Size, Size, Size], tuple[Size, Size, Size, Size] | None]:
+    left, right = (value(side) for side in _tensors(node))
+    if kind != "conv":
+        return (math.prod(left.shape[:-1]), right.shape[-1], left.shape[-1]), None
+    groups, out = node.args[8], value(node)
+    inner, outer = right.shape[1], right.shape[0]
+    if node.args[6]:  # transposed: [in, out / groups, *taps]
+        inner, outer = right.shape[0] // groups, right.shape[1] * groups  # type: ignore[operator]
+    rows = math.prod([out.shape[0], *out.shape[2:]])
+    depth = inner * math.prod(right.shape[2:])
+    return (rows, outer, depth), (inner, outer // groups, groups, left.shape[0])
+
+
+# --- backward
+
+
+def _mark_backward(node: Node, graph: _Graph) -> None:
+    for forward, role, flipped in _candidates(node, graph):
+        plan = forward.meta[PLAN]
+        m, n, k = plan.site.shape
+        shape = (m, k, n) if role == "grad_input" else (k, n, m)
+        site = replace(plan.site, role=role, op=naming.op_name(node.target), shape=shape)
+        node.meta[PLAN] = Plan(site, flipped=flipped)
+        return
+    if node.target in (aten.mm.default, aten.bmm.default):
+        left, right = (value(side) for side in _tensors(node))
+        node.meta[PLAN] = Plan(
+            Site(
+                layer=naming.layer_of(node, None),
+                role="other",
+                kind="bmm" if node.target is aten.bmm.default else "mm",
+                op=naming.op_name(node.target),
+                shape=(math.prod(left.shape[:-1]), right.shape[-1], left.shape[-1]),
+                dtype=str(right.dtype).removeprefix("torch."),
+                device=right.device.type,
+                group=-1,
+                module_types=naming.module_types(node),
+                source=naming.source_line(node),
+            )
+        )
+
+
+def _candidates(node: Node, graph: _Graph) -> Iterator[tuple[Node, Role, bool]]:
+    """Forward products that ``node`` is a gradient of: (forward, role, transposed)."""
+    seq = node.meta.get("seq_nr")
+    forwards = graph.by_seq.get(seq, []) if seq is not None else graph.forwards
+    if node.target in _CONV_GRADIENTS or _unsplit(node):
+        yield from _conv_candidates(node, forwards)
+    elif node.target in (aten.mm.default, aten.bmm.default):
+        for forward in forwards:
+            yield from _mm_candidates(node, forward)
+
+
+def _unsplit(node: Node) -> bool:
+    source = node.args[0] if node.args else None
+    return (
+        node.target is operator.getitem
+        and isinstance(source, Node)
+        and source.target is aten.convolution_backward.default
+        and node.args[1] in (0, 1)
+    )
+
+
+def _conv_candidates(node: Node, forwards: list[Node]) -> Iterator[tuple[Node, Role, bool]]:
+    for forward in forwards:
+        if forward.target is not aten.convolution.default:
+            continue
+        x, w = _tensors(forward)
+        if _unsplit(node):
+            _, bx, bw = node.args[0].args[:3]  # type: ignore[union-attr]
+            if (bx, bw) == (x, w):
+                yield forward, "grad_weight" if node.args[1] else "grad_input", False
+        elif node.args[1] is (w if node.target is ops.conv_grad_input else x):
+            yield forward, _CONV_GRADIENTS[node.target], False  # type: ignore[misc,index]
+
+
+def _mm_candidates(node: Node, forward: Node) -> Iterator[tuple[Node, Role, bool]]:
+    """Y = A @ B has dA = G @ B^T or its transpose B @ G^T, and dB = A^T @ G or G^T @ A."""
+    if value(node).dim() != value(forward).dim() or forward.target is aten.convolution.default:
+        return
+    (a, a_flip), (b, b_flip) = (peel(side) for side in _tensors(forward))
+    (left, left_flip), (right, right_flip) = (peel(side) for side in _tensors(node))
+    # of a product with itself (x @ x.T) both match: the gradient's own orientation decides
+    if right is b and right_flip != b_flip and not (left_flip and a is b):
+        yield forward, "grad_input", False
+    if left is a and left_flip != a_flip and not (right_flip and a is b):
+        yield forward, "grad_weight", False
+    if left is b and left_flip == b_flip:
+        yield forward, "grad_input", True
+    if right is a and right_flip == a_flip:
+        yield forward, "grad_weight", True

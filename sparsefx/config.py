@@ -1,0 +1,465 @@
+"""What a user asks for: patterns, rules, a config. Frozen, checked when built, plain data.
+
+Every object compares and hashes by value and round-trips through plain dicts (so YAML and JSON):
+``SparseConfig.from_dict(config.to_dict()) == config``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sparsefx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sparsefx.plan import Site
+
+MAX_M = 32
+
+_T = TypeVar("_T")
+
+
+def _one_of(owner: str, key: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{owner}: {key}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def _flag(owner: str, key: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{owner}: {key}={value!r} must be True or False")
+
+
+def _integer(owner: str, key: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{owner}: {key}={value!r} must be an int, got {type(value).__name__}")
+
+
+def _number(owner: str, key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{owner}: {key}={value!r} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ConfigError(f"{owner}: {key}={value!r} must be finite")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The full product of the unmodified operands: a pattern like any other."""
+
+    def __str__(self) -> str:
+        return "dense"
+
+
+@dataclass(frozen=True)
+class NM:
+    """Of every ``m`` consecutive weights along the reduction axis, the ``n`` largest |w| act.
+
+    ``n`` is the number KEPT (some papers count the zeros). The mask follows the current weight at
+    every forward; of equal magnitudes the earlier is kept.
+
+    Args:
+        n: weights kept per group, ``1 <= n < m``.
+        m: group size, ``2 <= m <= 32``.
+        transposable: at most ``n`` per row AND per column of every ``m x m`` tile, so that the
+            same mask is N:M for the forward and for grad_input (Hubara et al., NeurIPS 2021).
+        weight_grad: ``"dense"`` is the straight-through gradient, reaching every weight;
+            ``"masked"`` zeroes it outside the mask.
+        decay: lambda of SR-STE (Zhou et al., ICLR 2021, eq. 9): adds ``decay * (1 - mask) * w`` to
+            the weight's gradient; 2e-4 in the paper.
+
+    Raises:
+        ConfigError: for values outside these ranges.
+    """
+
+    n: int
+    m: int
+    transposable: bool = False
+    weight_grad: str = "dense"
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        _integer("NM", "n", self.n)
+        _integer("NM", "m", self.m)
+        if not 2 <= self.m <= MAX_M:
+            raise ConfigError(f"NM: m={self.m} must be between 2 and {MAX_M}")
+        if not 1 <= self.n < self.m:
+            raise ConfigError(
+                f"NM: n={self.n} must be between 1 and m-1={self.m - 1} (n is the number KEPT)"
+            )
+        _flag("NM", "transposable", self.transposable)
+        _one_of("NM", "weight_grad", self.weight_grad, ("dense", "masked"))
+        if _number("NM", "decay", self.decay) < 0:
+            raise ConfigError(f"NM: decay={self.decay!r} must be >= 0")
+        object.__setattr__(self, "decay", float(self.decay))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" + (" transposable" if self.transposable else "")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Column-row sampling: ``x[M, K] @ w[K, N] ~= x[:, S] @ w[S, :]`` (Adelman et al., 2021).
+
+    ``k = min(K, max(min_k, int(ratio * K)))`` pairs are used; ``k == K`` is exactly dense.
+
+    Args:
+        ratio: share of the reduction axis that is used, ``0 < ratio <= 1``.
+        min_k: fewest pairs used, so that narrow layers stay exact.
+        estimator: ``"topk"``: the k largest scores, unscaled, deterministic, biased.
+        scores: ``"product"`` is ``|x_k| * |w_k|`` (2-norms); ``"weight"`` is the norm of the
+            product's right operand alone (the weight in forward and grad_input, the output's
+            gradient in grad_weight), the same on every data-parallel worker for a forward.
+        inference: also sample in graphs without a backward, which are exact otherwise.
+
+    Raises:
+        ConfigError: for values outside these ranges.
+    """
+
+    ratio: float
+    min_k: int = 1
+    estimator: str = "topk"
+    scores: str = "product"
+    inference: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if not 0 < _number("Sampled", "ratio", self.ratio) <= 1:
+            raise ConfigError(f"Sampled: ratio={self.ratio!r} must be in (0, 1]")
+        object.__setattr__(self, "ratio", float(self.ratio))
+        _integer("Sampled", "min_k", self.min_k)
+        if self.min_k < 1:
+            raise ConfigError(f"Sampled: min_k={self.min_k} must be at least 1")
+        _one_of("Sampled", "estimator", self.estimator, ("topk",))
+        _one_of("Sampled", "scores", self.scores, ("product", "weight"))
+        _flag("Sampled", "inference", self.inference)
+
+    def k(self, depth: int) -> int:
+        """Return how many of ``depth`` pairs are used."""
+        return min(depth, max(self.min_k, int(self.ratio * depth)))
+
+    def __str__(self) -> str:
+        return f"sampled {self.ratio:g}" + (" by weight" if self.scores == "weight" else "")
+
+
+Pattern = Dense | NM | Sampled
+_PATTERNS: dict[str, type[Dense] | type[NM] | type[Sampled]] = {
+    "dense": Dense,
+    "nm": NM,
+    "sampled": Sampled,
+}
+Match = str | type | Callable[["Site"], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which layers, and a policy for each of a layer's three products.
+
+    Args:
+        match: a glob on the layer's qualified name, a module type, or a predicate on a
+            :class:`sparsefx.plan.Site` (its forward product).
+        forward: pattern of the forward product.
+        grad_input: ``None`` is the derivative of what the forward computed; ``Dense()`` is the
+            full product; another pattern replaces the product.
+        grad_weight: likewise; never ``NM``, since neither operand is a weight.
+
+    Raises:
+        ConfigError: for a match or a pattern that is none of these.
+    """
+
+    match: Match
+    forward: Pattern = Dense()
+    grad_input: Pattern | None = None
+    grad_weight: Pattern | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if not (isinstance(self.match, str | type) or callable(self.match)) or self.match == "":
+            raise ConfigError(
+                f"Rule: match={self.match!r} must be a glob on layer names, a module type "
+                "or a predicate on a site"
+            )
+        if not isinstance(self.forward, Pattern):
+            raise ConfigError(f"Rule: forward={self.forward!r} must be Dense(), NM or Sampled")
+        for key in ("grad_input", "grad_weight"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, Pattern):
+                raise ConfigError(f"Rule: {key}={value!r} must be None, Dense(), NM or Sampled")
+        if isinstance(self.grad_weight, NM):
+            raise ConfigError(
+                f"Rule: grad_weight={self.grad_weight!r}: neither operand of that product is a "
+                "weight; use None, Dense() or Sampled (NM(weight_grad='masked') masks the result)"
+            )
+        if isinstance(self.grad_input, NM) and (
+            self.grad_input.decay or self.grad_input.weight_grad != "dense"
+        ):
+            raise ConfigError(
+                f"Rule: grad_input={self.grad_input!r}: weight_grad and decay belong to the "
+                "forward's pattern"
+            )
+
+    def matches(self, site: Site) -> bool:
+        """Return whether this rule speaks about the layer of ``site``."""
+        if isinstance(self.match, str):
+            return fnmatch.fnmatchcase(site.layer, self.match)
+        if isinstance(self.match, type):
+            return any(_is_type(name, self.match) for name in site.module_types)
+        return bool(self.match(site))
+
+
+def _type_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_type(name: str, wanted: type) -> bool:
+    """Whether the class called ``name`` is ``wanted`` or derives from it."""
+    if name == _type_name(wanted):
+        return True
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute, None) if module else None
+    return isinstance(found, type) and issubclass(found, wanted)
+
+
+GraphPass = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Everything the compiler is told.
+
+    Args:
+        rules: first match wins; ``None`` is ``NM(2, 4, transposable=True)`` on every legal layer,
+            an empty sequence leaves everything dense.
+        keep_output_dense: the last product on the way to an output of the graph stays dense.
+        select: ``"all"`` legal sites, or ``"profitable"``: only those that the cost model expects
+            to run faster on this device (the one option whose meaning depends on the machine).
+        strict: a failing pass raises :class:`PassError` instead of leaving its site dense.
+        codegen: ``"inductor"`` or ``"aot_eager"``, the same rewriting without Inductor.
+        verify: check the graph between passes.
+        passes: your own passes, run after sparsefx's rewrites, before ``cleanup``.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+
+    rules: tuple[Rule, ...] | None = None
+    keep_output_dense: bool = True
+    select: str = "all"
+    strict: bool = False
+    codegen: str = "inductor"
+    verify: bool = False
+    passes: tuple[GraphPass, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check every value; lists become tuples."""
+        if self.rules is not None:
+            if isinstance(self.rules, Rule) or not isinstance(self.rules, list | tuple):
+                raise ConfigError(
+                    f"SparseConfig: rules={self.rules!r} must be None or a list of Rule"
+                )
+            for rule in self.rules:
+                if not isinstance(rule, Rule):
+                    raise ConfigError(f"SparseConfig: rules holds {rule!r}, which is not a Rule")
+            object.__setattr__(self, "rules", tuple(self.rules))
+        for key in ("keep_output_dense", "strict", "verify"):
+            _flag("SparseConfig", key, getattr(self, key))
+        _one_of("SparseConfig", "select", self.select, ("all", "profitable"))
+        _one_of("SparseConfig", "codegen", self.codegen, ("inductor", "aot_eager"))
+        if not isinstance(self.passes, list | tuple) or not all(map(callable, self.passes)):
+            raise ConfigError(f"SparseConfig: passes={self.passes!r} must be a list of functions")
+        object.__setattr__(self, "passes", tuple(self.passes))
+
+    def effective_rules(self) -> tuple[Rule, ...]:
+        """Return the rules, the default ones where none were given."""
+        return _DEFAULT_RULES if self.rules is None else self.rules
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: strings, numbers, booleans, lists, dicts.
+
+        Raises:
+            ConfigError: for a predicate or a pass that has no importable name.
+        """
+        out: dict[str, Any] = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("rules", "passes")
+        }
+        out["rules"] = None if self.rules is None else [_rule_to_dict(rule) for rule in self.rules]
+        out["passes"] = [_name_of(function, "passes") for function in self.passes]
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SparseConfig:
+        """Build a config from plain data.
+
+        Args:
+            data: as :meth:`to_dict` returns it; missing keys take their defaults.
+
+        Raises:
+            ConfigError: naming the unknown key or the bad value.
+        """
+        values = _known_keys(cls, data)
+        if values.get("rules") is not None:
+            rules = values["rules"]
+            if not isinstance(rules, list | tuple):
+                raise ConfigError(f"SparseConfig: rules={rules!r} must be None or a list of rules")
+            values["rules"] = tuple(_rule_from_dict(rule) for rule in rules)
+        passes = values.get("passes", ())
+        if not isinstance(passes, list | tuple):
+            raise ConfigError(f"SparseConfig: passes={passes!r} must be a list of functions")
+        values["passes"] = tuple(_import(p) if isinstance(p, str) else p for p in passes)
+        return cls(**values)
+
+
+def _known_keys(cls: type, data: object) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{cls.__name__}: {data!r} must be a dict")
+    allowed = [f.name for f in dataclasses.fields(cls)]
+    for key in data:
+        if key not in allowed:
+            raise ConfigError(
+                f"{cls.__name__}: unknown key {key!r} (value {data[key]!r}); "
+                f"allowed: {', '.join(allowed)}"
+            )
+    return dict(data)
+
+
+def _pattern_to_dict(pattern: Pattern | None) -> dict[str, Any] | None:
+    if pattern is None:
+        return None
+    kind = next(name for name, cls in _PATTERNS.items() if type(pattern) is cls)
+    return {"kind": kind, **dataclasses.asdict(pattern)}
+
+
+def _pattern_from_dict(key: str, data: object) -> Pattern | None:
+    if data is None or isinstance(data, Pattern):
+        return data
+    if not isinstance(data, Mapping) or data.get("kind") not in _PATTERNS:
+        raise ConfigError(
+            f"Rule: {key}={data!r} must be None, a pattern, or a dict whose 'kind' is one of "
+            f"{', '.join(map(repr, _PATTERNS))}"
+        )
+    cls = _PATTERNS[data["kind"]]
+    values = _known_keys(cls, {k: v for k, v in data.items() if k != "kind"})
+    return _build(cls, values)
+
+
+def _build(cls: type[_T], values: dict[str, Any]) -> _T:
+    """Call ``cls(**values)``, turning a missing required key into a ConfigError."""
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]  # every caller passes a dataclass
+        if f.default is dataclasses.MISSING and f.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"{cls.__name__}: missing key {missing[0]!r} in {values!r}")
+    return cls(**values)
+
+
+def _rule_to_dict(rule: Rule) -> dict[str, Any]:
+    match: Any = rule.match
+    if not isinstance(match, str):
+        kind = "type" if isinstance(match, type) else "predicate"
+        match = {kind: _name_of(match, "match")}
+    return {
+        "match": match,
+        **{k: _pattern_to_dict(getattr(rule, k)) for k in ("forward", "grad_input", "grad_weight")},
+    }
+
+
+def _rule_from_dict(data: object) -> Rule:
+    if isinstance(data, Rule):
+        return data
+    values = _known_keys(Rule, data)
+    match = values.get("match")
+    if isinstance(match, Mapping):
+        if len(match) != 1 or next(iter(match)) not in ("type", "predicate"):
+            raise ConfigError(f"Rule: match={match!r} must hold one key, 'type' or 'predicate'")
+        values["match"] = _import(next(iter(match.values())))
+    for key in ("forward", "grad_input", "grad_weight"):
+        if key in values:
+            values[key] = _pattern_from_dict(key, values[key])
+    return _build(Rule, values)
+
+
+def _name_of(thing: Any, key: str) -> str:
+    name = f"{getattr(thing, '__module__', '?')}:{getattr(thing, '__qualname__', '?')}"
+    try:
+        found = _import(name)
+    except ConfigError:
+        found = None
+    if found is not thing:
+        raise ConfigError(
+            f"{key}={thing!r} can't be written as plain data: it is not importable as {name!r}; "
+            "define it at the top level of a module"
+        )
+    return name
+
+
+def _import(name: object) -> Any:
+    """Return the object called ``"module:qualified.name"``."""
+    if not isinstance(name, str) or name.count(":") != 1:
+        raise ConfigError(f"{name!r} must be a name of the form 'module:qualified.name'")
+    module, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{name!r} can't be imported: {error}") from error
+    return found
+
+
+_DEFAULT_RULES = (Rule("*", forward=NM(2, 4, transposable=True)),)
+
+PRESETS: dict[str, SparseConfig] = {
+    "2:4": SparseConfig(rules=(Rule("*", forward=NM(2, 4)),)),
+    "2:4-transposable": SparseConfig(),
+    "4:8-transposable": SparseConfig(rules=(Rule("*", forward=NM(4, 8, transposable=True)),)),
+    "sampled-0.3": SparseConfig(rules=(Rule("*", forward=Sampled(0.3)),)),
+    "sampled-backward-0.3": SparseConfig(
+        rules=(Rule("*", grad_input=Sampled(0.3), grad_weight=Sampled(0.3)),)
+    ),
+    "black-box-0.3": SparseConfig(
+        rules=(Rule("*", forward=Sampled(0.3), grad_input=Dense(), grad_weight=Dense()),)
+    ),
+    "all-three": SparseConfig(
+        rules=(Rule("*", forward=NM(2, 4, transposable=True), grad_weight=Sampled(0.3)),)
+    ),
+}
+
+
+def preset(name: str) -> SparseConfig:
+    """Return the config called ``name``.
+
+    Raises:
+        ConfigError: listing the presets there are.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"{name!r} is not a preset; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def as_config(value: object) -> SparseConfig:
+    """Turn a config, a preset's name, a plain dict or ``None`` into a config.
+
+    Raises:
+        ConfigError: for anything else, and for bad values inside a dict.
+    """
+    if value is None:
+        return SparseConfig()
+    if isinstance(value, SparseConfig):
+        return value
+    if isinstance(value, str):
+        return preset(value)
+    if isinstance(value, Mapping):
+        return SparseConfig.from_dict(value)
+    raise ConfigError(
+        f"config={value!r} must be a SparseConfig, a preset's name "
+        f"({', '.join(PRESETS)}) or a dict"
+    )

@@ -1,0 +1,64 @@
+"""What each sparse op MEANS: schema, fake, eager reference, FLOPs, derivative. Plain torch.
+
+Importing this package registers the ops in the namespace ``sparsefx`` of the torch dispatcher.
+"""
+
+from sparsefx.ops._define import NAMESPACE, REFERENCES, has_kernel, is_sparse_op
+from sparsefx.ops.dense import conv_grad_input, conv_grad_weight
+from sparsefx.ops.nm import (
+    masked_conv,
+    masked_conv_grad_input,
+    masked_mm,
+    nm_conv,
+    nm_conv_grad_input,
+    nm_mask,
+    nm_mm,
+)
+from sparsefx.ops.sampled import (
+    gather_channels,
+    gather_columns,
+    sampled_bmm,
+    sampled_bmm_grad_input,
+    sampled_bmm_grad_weight,
+    sampled_conv,
+    sampled_conv_grad_input,
+    sampled_conv_grad_weight,
+    sampled_conv_input,
+    sampled_conv_weight,
+    sampled_mm,
+    sampled_mm_grad_input,
+    sampled_mm_grad_weight,
+    topk_conv_indices,
+    topk_mm_indices,
+)
+
+__all__ = [
+    "NAMESPACE",
+    "REFERENCES",
+    "conv_grad_input",
+    "conv_grad_weight",
+    "gather_channels",
+    "gather_columns",
+    "has_kernel",
+    "is_sparse_op",
+    "masked_conv",
+    "masked_conv_grad_input",
+    "masked_mm",
+    "nm_conv",
+    "nm_conv_grad_input",
+    "nm_mask",
+    "nm_mm",
+    "sampled_bmm",
+    "sampled_bmm_grad_input",
+    "sampled_bmm_grad_weight",
+    "sampled_conv",
+    "sampled_conv_grad_input",
+    "sampled_conv_grad_weight",
+    "sampled_conv_input",
+    "sampled_conv_weight",
+    "sampled_mm",
+    "sampled_mm_grad_input",
+    "sampled_mm_grad_weight",
+    "topk_conv_indices",
+    "topk_mm_indices",
+]

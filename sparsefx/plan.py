@@ -1,0 +1,100 @@
+"""A product of a layer (Site), and what was decided about it (Decision). No graph in sight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sparsefx.config import Dense, Pattern
+
+Role = Literal["forward", "grad_input", "grad_weight", "other"]
+Kind = Literal["mm", "bmm", "conv"]
+Size = Any  # int, or torch.SymInt where the graph's shapes are symbolic
+
+
+@dataclass(frozen=True)
+class Site:
+    """One of the products of a layer, as it was found in the graph.
+
+    Attributes:
+        layer: qualified name of the module (or functional call) that the product belongs to.
+        role: which of the layer's products.
+        kind: matrix product, batched matrix product or convolution.
+        op: name of the operator that computed it densely.
+        shape: (M, N, K) of the product as a matrix product; K is the reduction axis. A convolution
+            counts output positions as rows of its forward; a batched product has M counted over
+            the batch.
+        dtype: of the operands.
+        device: type of the device, "cpu" or "cuda".
+        group: number shared by the products of one layer call.
+        module_types: qualified names of the classes on the module stack, innermost first.
+        source: file and line of the user's code, where known.
+        weight: which operand is a weight: "right", "left", or None if both are activations.
+        weight_name: qualified name of the weight's parameter, where it is one.
+        channels: (in / groups, out / groups, groups, batch) of a convolution.
+        depthwise: convolution with one input channel per group.
+        transposed: transposed convolution.
+        is_output: the last product on the way to an output of the graph.
+        has_backward: the graph has a backward.
+    """
+
+    layer: str
+    role: Role
+    kind: Kind
+    op: str
+    shape: tuple[Size, Size, Size]
+    dtype: str
+    device: str
+    group: int
+    module_types: tuple[str, ...] = ()
+    source: str = ""
+    weight: str | None = None
+    weight_name: str | None = None
+    channels: tuple[Size, Size, Size, Size] | None = None
+    depthwise: bool = False
+    transposed: bool = False
+    is_output: bool = False
+    has_backward: bool = True
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a site becomes.
+
+    Attributes:
+        pattern: of the site itself; Dense() where it stays dense.
+        reason: why it is dense; empty where it is sparse.
+        derived: the product is the derivative of the forward's pattern (grad_input=None or
+            grad_weight=None in the rule), not a pattern of its own.
+        forward: the pattern of the layer's forward, which a derived product follows.
+    """
+
+    pattern: Pattern
+    reason: str = ""
+    derived: bool = False
+    forward: Pattern = Dense()
+
+    @property
+    def dense(self) -> bool:
+        """Whether the site stays as it was."""
+        return isinstance(self.pattern, Dense)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What travels in ``node.meta["sparsefx"]``: the site and, once selected, its decision.
+
+    Attributes:
+        site: the product.
+        decision: what it becomes; None until ``select_sites`` ran.
+        flipped: the node computes the transpose of the site's product, as autograd does for the
+            gradient of a transposed view.
+    """
+
+    site: Site
+    decision: Decision | None = None
+    flipped: bool = False
+
+    def decided(self, decision: Decision) -> Plan:
+        """Return this plan with a decision."""
+        return replace(self, decision=decision)

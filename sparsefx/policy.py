@@ -1,0 +1,145 @@
+"""Site -> pattern, with a reason for every no. Pure: no graph in sight, no device asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from sparsefx.config import NM, Dense, Pattern, Rule, Sampled, SparseConfig
+from sparsefx.plan import Decision, Role, Site
+
+_FLOATS = {"float64", "float32", "float16", "bfloat16"}
+Profitable = Callable[[Site, Decision], str]
+
+
+def decide(
+    sites: Mapping[Role, Site],
+    config: SparseConfig,
+    *,
+    failed: str = "",
+    unprofitable: Profitable | None = None,
+) -> dict[Role, Decision]:
+    """Decide what each product of one layer call becomes.
+
+    Args:
+        sites: the products by role; the forward is always there.
+        config: whose rules apply, first match wins.
+        failed: why the layer must stay dense, if rewriting it failed before.
+        unprofitable: reason to decline a site on this machine, or "".
+
+    Returns:
+        A decision by role, for the roles in ``sites``.
+    """
+    forward = sites["forward"]
+    blocked = failed or _blocked(sites, config)
+    rule = None if blocked else _first_match(forward, config)
+    if blocked or rule is None:
+        reason = blocked or "no rule matches"
+        return {role: Decision(Dense(), reason) for role in sites}
+    chosen = {"forward": _own(forward, rule.forward, unprofitable)}
+    base = chosen["forward"].pattern
+    for role in sites:
+        if role == "grad_input":
+            chosen[role] = _gradient(sites[role], rule.grad_input, base, unprofitable)
+        elif role == "grad_weight":
+            chosen[role] = _gradient(sites[role], rule.grad_weight, base, unprofitable)
+    return {role: chosen[role] for role in sites}
+
+
+def _first_match(site: Site, config: SparseConfig) -> Rule | None:
+    return next((rule for rule in config.effective_rules() if rule.matches(site)), None)
+
+
+def _blocked(sites: Mapping[Role, Site], config: SparseConfig) -> str:
+    """Why the whole layer stays dense, whatever the rules say."""
+    forward = sites["forward"]
+    if forward.dtype not in _FLOATS:
+        return f"dtype {forward.dtype} is not a real floating-point type"
+    if forward.transposed:
+        return "transposed convolution"
+    if forward.depthwise:
+        return "depthwise convolution: one input channel per group"
+    if any(site.op == "convolution_backward" for site in sites.values()):
+        return "its backward could not be split into products"
+    if config.keep_output_dense and forward.is_output:
+        return "feeds the model's output (keep_output_dense=True)"
+    return ""
+
+
+def _own(site: Site, pattern: Pattern, unprofitable: Profitable | None) -> Decision:
+    """Decide on a pattern that is asked for by name."""
+    if isinstance(pattern, Dense):
+        return Decision(pattern, "the rule says Dense()")
+    reason = nm_illegal(site, pattern) if isinstance(pattern, NM) else sampled_exact(site, pattern)
+    decision = Decision(pattern)
+    if not reason and unprofitable is not None:
+        reason = unprofitable(site, decision)
+    return Decision(Dense(), reason) if reason else decision
+
+
+def _gradient(
+    site: Site, pattern: Pattern | None, base: Pattern, unprofitable: Profitable | None
+) -> Decision:
+    """Decide on a gradient: of its own, or derived from the forward's pattern ``base``."""
+    if pattern is not None:
+        return _with_decay(_own(site, pattern, unprofitable), base, site)
+    if isinstance(base, Sampled):
+        return Decision(base, derived=True, forward=base)
+    if isinstance(base, NM) and site.role == "grad_input":
+        return Decision(base, derived=True, forward=base)
+    if isinstance(base, NM):
+        reason = "straight-through: reaches every weight (weight_grad='dense')"
+        if base.weight_grad == "masked":
+            reason = "dense product, masked afterwards (weight_grad='masked')"
+        return Decision(Dense(), reason, derived=True, forward=base)
+    return Decision(Dense(), "the derivative of a dense forward", derived=True)
+
+
+def _with_decay(own: Decision, base: Pattern, site: Site) -> Decision:
+    """SR-STE's decay belongs to the weight, so it acts whatever computes the product."""
+    if site.role != "grad_weight" or not isinstance(base, NM) or not base.decay:
+        return own
+    decay_only = NM(base.n, base.m, base.transposable, "dense", base.decay)
+    return Decision(own.pattern, own.reason, own.derived, decay_only)
+
+
+def nm_illegal(site: Site, pattern: NM) -> str:
+    """Why this product can't have an N:M weight, or ""."""
+    if site.kind == "bmm" or site.weight is None:
+        return "both operands are activations: N:M needs a weight"
+    if site.weight == "left":
+        return "the weight is the left operand of the product"
+    _, width, depth = site.shape
+    names = ("K", "N")
+    if site.channels is not None:
+        inner, outer, _, _ = site.channels
+        depth, width = (inner, outer) if site.role == "forward" else (outer, inner)
+        names = ("channels per group", "output channels per group")
+        names = names if site.role == "forward" else (names[1], names[0])
+    checks = [(names[0], depth, "")]
+    if pattern.transposable:
+        checks.append((names[1], width, " (transposable)"))
+    for name, size, note in checks:
+        if not isinstance(size, int):
+            return f"{name}={size} is not known when compiling{note}"
+        if size % pattern.m:
+            return f"{name}={size} is not a multiple of m={pattern.m}{note}"
+    return ""
+
+
+def sampled_exact(site: Site, pattern: Sampled) -> str:
+    """Why this product is not sampled, or ""."""
+    if not site.has_backward and not pattern.inference:
+        return "inference graph: exact unless Sampled(inference=True)"
+    depth = sampled_depth(site)
+    if isinstance(depth, int) and pattern.k(depth) == depth:
+        return f"k = K = {depth}: exact"
+    return ""
+
+
+def sampled_depth(site: Site) -> int:
+    """Return how many pairs there are: channels of a convolution, else K."""
+    if site.channels is None:
+        return site.shape[2]  # type: ignore[no-any-return]
+    inner, outer, _, batch = site.channels
+    by_role = {"forward": inner, "grad_input": outer, "grad_weight": batch}
+    return by_role[site.role]  # type: ignore[no-any-return]

@@ -1,0 +1,286 @@
+"""The only code that edits a graph.
+
+A rule looks at one node and returns the node that replaces it, or a Skip with the reason. It adds
+nodes through :func:`emit` alone, which computes their fake values and copies where they came from.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from sparsefx.plan import Plan
+
+PLAN = "sparsefx"
+INPUT = "sparsefx_input"
+RULE = "sparsefx_rule"
+_NOT_COPIED = {"val", "tensor_meta", "example_value", "desc", PLAN, INPUT, RULE}
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A rule's "no", with the reason that the report shows."""
+
+    reason: str
+
+
+@dataclass
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        graph_module: the module, edited in place.
+        modified: whether anything changed.
+        skipped: reason by name of each node that a rule declined.
+    """
+
+    graph_module: GraphModule
+    modified: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rule that raised: where, and what."""
+
+    node: str
+    layer: str
+    group: int | None
+    error: str
+    detail: str
+
+
+class SitesFailedError(Exception):
+    """Rules raised at some nodes; the pipeline leaves these dense and starts over."""
+
+    def __init__(self, pass_name: str, failures: Sequence[Failure]) -> None:
+        """Keep the failures; the message names the first."""
+        self.pass_name, self.failures = pass_name, tuple(failures)
+        first = failures[0]
+        super().__init__(
+            f"{pass_name} failed at node {first.node!r} of layer {first.layer!r}: {first.error}"
+        )
+
+
+Rule = Callable[[Node], Node | Skip | None]
+
+
+def plan_of(node: Node) -> Plan | None:
+    """Return the plan that travels with ``node``."""
+    found = node.meta.get(PLAN)
+    return found if isinstance(found, Plan) else None
+
+
+def value(node: Any) -> Tensor:
+    """Return the fake tensor of a node: its shape, dtype and strides."""
+    return node.meta["val"]  # type: ignore[no-any-return]
+
+
+def operands(node: Node, count: int) -> tuple[Node, ...]:
+    """Return the first ``count`` arguments, which must be nodes."""
+    found = node.args[:count]
+    if len(found) != count or not all(isinstance(arg, Node) for arg in found):
+        raise TypeError(f"{node.format_node()}: expected {count} tensor operands, got {found}")
+    return found  # type: ignore[return-value]
+
+
+def fake_result(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Run ``target`` on the fake values of its arguments."""
+    real_args, real_kwargs = map_arg((tuple(args), dict(kwargs or {})), lambda n: n.meta["val"])
+    with torch.no_grad():
+        return target(*real_args, **real_kwargs)
+
+
+def provenance(node: Node) -> dict[str, Any]:
+    """Return the metadata that a node inherits from the one that it stands for."""
+    return {key: entry for key, entry in node.meta.items() if key not in _NOT_COPIED}
+
+
+def emit(like: Node, target: Any, *args: Any, before: Node | None = None, **kwargs: Any) -> Node:
+    """Add ``target(*args)`` with its fake value and the provenance of ``like``.
+
+    Args:
+        like: what the new node inherits its metadata from.
+        target: an operator overload or a function on symbolic sizes.
+        args: nodes and constants.
+        before: where the node goes; before ``like`` by default.
+        kwargs: keyword arguments.
+    """
+    with like.graph.inserting_before(before or like):
+        node = like.graph.call_function(target, args, kwargs)
+    node.meta = provenance(like)
+    node.meta["val"] = fake_result(target, args, kwargs)
+    return node
+
+
+def wrap(node: Node, build: Callable[[Callable[..., Node]], Node]) -> Node:
+    """Put an epilogue behind ``node``: its users see what ``build`` makes of it.
+
+    Args:
+        node: the value that is wrapped.
+        build: gets an ``emit`` that inserts right after ``node``, and returns the last new node.
+    """
+    users, position = list(node.users), node.next
+    new = build(lambda target, *args, **kw: emit(node, target, *args, before=position, **kw))
+    for user in users:
+        user.replace_input_with(node, new)
+    return new
+
+
+def rewrite_nodes(
+    gm: GraphModule, rules: Mapping[Any, Rule], *, excluded: Iterable[str] = ()
+) -> PassResult:
+    """Visit every node once; where a rule returns a new node, it takes the old one's place.
+
+    Args:
+        gm: edited in place, linted and recompiled if anything changed.
+        rules: rule by target.
+        excluded: names of nodes that are left alone.
+
+    Returns:
+        What was done, and every Skip.
+
+    Raises:
+        SitesFailedError: naming each node at which a rule raised.
+    """
+    result, failures, name = PassResult(gm), [], _name_of(rules)
+    left_alone = set(excluded)
+    for node in list(gm.graph.nodes):
+        rule = rules.get(node.target) if node.op == "call_function" else None
+        if rule is None or node.name in left_alone:
+            continue
+        try:
+            outcome = rule(node)
+            if isinstance(outcome, Node) and outcome is not node:
+                _replace(node, outcome, rule)
+        except Exception as error:  # any error of any rule must leave its site dense, not crash
+            failures.append(_failure(node, error))
+            continue
+        if isinstance(outcome, Skip):
+            result.skipped[node.name] = outcome.reason
+        elif outcome is not None and outcome is not node:
+            result.modified = True
+    if failures:
+        raise SitesFailedError(name, failures)
+    if result.modified:
+        finish(gm)
+    return result
+
+
+def finish(gm: GraphModule) -> None:
+    """Drop what nobody uses any more, lint, recompile."""
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _name_of(rules: Mapping[Any, Rule]) -> str:
+    for rule in rules.values():
+        function = getattr(rule, "func", rule)
+        return str(getattr(function, "__module__", "pass")).rpartition(".")[2]
+    return "pass"
+
+
+def _failure(node: Node, error: Exception) -> Failure:
+    plan = plan_of(node)
+    return Failure(
+        node=node.name,
+        layer=plan.site.layer if plan else "",
+        group=plan.site.group if plan else None,
+        error=f"{type(error).__name__}: {error}",
+        detail="".join(traceback.format_exception(error)),
+    )
+
+
+def _replace(old: Node, new: Node, rule: Rule) -> None:
+    before, after = value(old), value(new)
+    if isinstance(before, Tensor):
+        if tuple(before.shape) != tuple(after.shape) or before.dtype != after.dtype:
+            raise ValueError(
+                f"{old.name}: {after.dtype}{tuple(after.shape)} can't replace "
+                f"{before.dtype}{tuple(before.shape)}"
+            )
+        new = _with_layout(old, new)
+    for key, entry in old.meta.items():
+        if key not in new.meta and (key == PLAN or key not in _NOT_COPIED):
+            new.meta[key] = entry
+    new.meta[RULE] = getattr(getattr(rule, "func", rule), "__name__", "rule")
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def _with_layout(old: Node, new: Node) -> Node:
+    """Copy ``new`` where its strides differ: views downstream were made for the old ones."""
+    for layout in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
+        rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(layout)
+        if rank is not None and value(old).dim() != rank:
+            continue
+        if value(old).is_contiguous(memory_format=layout):
+            if value(new).is_contiguous(memory_format=layout):
+                return new
+            copy = emit(old, aten.clone.default, new, memory_format=layout)
+            if (plan := plan_of(new)) is not None:
+                copy.meta[PLAN] = plan
+            return copy
+    return new
+
+
+# --- reading a graph
+
+
+def peel(node: Node) -> tuple[Node, bool]:
+    """Follow transposes of the last two axes: (what is transposed, whether it is)."""
+    flipped = False
+    while (inner := _transposed(node)) is not None:
+        node, flipped = inner, not flipped
+    return node, flipped
+
+
+def _transposed(node: Node) -> Node | None:
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return None
+    source = node.args[0]
+    rank = value(source).dim() if isinstance(source.meta.get("val"), Tensor) else 0
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    if node.target is aten.t.default and rank == 2:
+        return source
+    if node.target is aten.permute.default and rank in (2, 3):
+        return source if [d % rank for d in node.args[1]] == swapped else None  # type: ignore[union-attr,operator]
+    if node.target is aten.transpose.int and rank in (2, 3):
+        return source if {d % rank for d in node.args[1:3]} == {rank - 1, rank - 2} else None  # type: ignore[operator]
+    return None
+
+
+def flip(anchor: Node, node: Node) -> Node:
+    """Transpose the last two axes, undoing a transpose instead of adding a second."""
+    inner = _transposed(node)
+    if inner is not None:
+        return inner
+    rank = value(node).dim()
+    return emit(anchor, aten.permute.default, node, [*range(rank - 2), rank - 1, rank - 2])
+
+
+def size(anchor: Node, node: Node, dim: int) -> int | Node:
+    """Return a size: an int, or the node that reads it where it is symbolic."""
+    found = value(node).shape[dim]
+    return found if isinstance(found, int) else emit(anchor, aten.sym_size.int, node, dim)
+
+
+def copy_graph_module(gm: GraphModule) -> GraphModule:
+    """Copy the graph, nodes' names and metadata included; the attributes are shared."""
+    graph, env = Graph(), {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+    graph.set_codegen(gm.graph._codegen)
+    copied = GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    return copied
