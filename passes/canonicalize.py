@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
+from sparsefx.compat import OpOverload
 from sparsefx.rewriting import PassResult, Skip, emit, rewrite_nodes, value
 
 aten = torch.ops.aten
@@ -46,7 +47,7 @@ def _split_baddbmm(baddbmm: Node) -> Node | Skip | None:
     return _product_plus(baddbmm, aten.bmm.default)
 
 
-def _product_plus(node: Node, product: torch._ops.OpOverload) -> Node:
+def _product_plus(node: Node, product: OpOverload) -> Node:
     bias, left, right = node.args
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     out = emit(node, product, left, right)

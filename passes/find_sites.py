@@ -158,6 +158,7 @@ def _forward_site(node: Node, group: int, graph: _Graph) -> Site:
         weight=weight,
         weight_name=found,
         channels=channels,
+        batch=value(node).shape[0] if kind == "bmm" else 1,
         depthwise=channels is not None and channels[0] == 1 and channels[2] != 1,
         transposed=transposed,
         is_output=node in graph.final,
@@ -170,7 +171,7 @@ def _shape(
 ) -> tuple[tuple[Size, Size, Size], tuple[Size, Size, Size, Size] | None]:
     left, right = (value(side) for side in _tensors(node))
     if kind != "conv":
-        return (math.prod(left.shape[:-1]), right.shape[-1], left.shape[-1]), None
+        return (left.shape[-2], right.shape[-1], left.shape[-1]), None
     groups, out = node.args[8], value(node)
     inner, outer = right.shape[1], right.shape[0]
     if node.args[6]:  # transposed: [in, out / groups, *taps]
@@ -199,7 +200,8 @@ def _mark_backward(node: Node, graph: _Graph) -> None:
                 role="other",
                 kind="bmm" if node.target is aten.bmm.default else "mm",
                 op=naming.op_name(node.target),
-                shape=(math.prod(left.shape[:-1]), right.shape[-1], left.shape[-1]),
+                shape=(left.shape[-2], right.shape[-1], left.shape[-1]),
+                batch=left.shape[0] if left.dim() == 3 else 1,
                 dtype=str(right.dtype).removeprefix("torch."),
                 device=right.device.type,
                 group=-1,

@@ -162,8 +162,8 @@ def _wrap(node: Node, plan: Plan, nm: NM, forward: Node, decayed: set[Node]) -> 
     param, last, turned = operand, node, plan.flipped
     while param.target in _CASTS and isinstance(param.args[0], Node):
         param = param.args[0]
-    while len(last.users) == 1 and value(last).dtype != value(param).dtype or _turns(last):
-        last, turned = _follow(last, turned)
+    while (following := _only_view_or_cast(last)) is not None:
+        last, turned = following, turned != (following.target is aten.permute.default)
     if value(last).dtype != value(param).dtype:
         param = operand  # the gradient leaves the graph in the product's own dtype
     first_use = param not in decayed
@@ -175,14 +175,14 @@ def _wrap(node: Node, plan: Plan, nm: NM, forward: Node, decayed: set[Node]) -> 
     return True
 
 
-def _turns(node: Node) -> bool:
+def _only_view_or_cast(node: Node) -> Node | None:
+    """The one user of a gradient, if it only transposes or casts it."""
     users = list(node.users)
-    return len(users) == 1 and users[0].target is aten.permute.default and peel(users[0])[0] is not users[0]
-
-
-def _follow(node: Node, turned: bool) -> tuple[Node, bool]:
-    (user,) = node.users
-    return user, turned != (peel(user)[1] if user.target is aten.permute.default else False)
+    if len(users) != 1 or users[0].target not in _CASTS | {aten.permute.default}:
+        return None
+    if users[0].target is aten.permute.default and peel(users[0])[0] is users[0]:
+        return None  # some other permutation
+    return users[0]
 
 
 def _epilogue(

@@ -14,7 +14,7 @@ class MaskError(SparsefxError, ValueError):
 
 
 class PassError(SparsefxError, RuntimeError):
-    """A pass failed under ``strict=True``: the message names the pass, the node and the layer."""
+    """A pass failed under ``strict=True``: the message names pass, node and layer."""
 
 
 class KernelError(SparsefxError, RuntimeError):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from sparsefx.compat import OpOverload
 from sparsefx.rewriting import INPUT
 
 _PREFIX = re.compile(r"^[LG]\['[^']*'\]")
@@ -84,8 +85,8 @@ def layer_of(node: Node, weight: str | None) -> str:
 
 def op_name(target: Callable[..., Any] | str) -> str:
     """Return the bare name of an operator: ``mm`` for ``aten.mm.default``."""
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.rpartition("::")[2]
+    if isinstance(target, OpOverload):
+        return target.name().partition(".")[0].rpartition("::")[2]
     return "convolution_backward" if not isinstance(target, str) else target
 
 

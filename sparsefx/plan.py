@@ -22,8 +22,7 @@ class Site:
         kind: matrix product, batched matrix product or convolution.
         op: name of the operator that computed it densely.
         shape: (M, N, K) of the product as a matrix product; K is the reduction axis. A convolution
-            counts output positions as rows of its forward; a batched product has M counted over
-            the batch.
+            counts output positions as rows of its forward; a batched product is told per batch.
         dtype: of the operands.
         device: type of the device, "cpu" or "cuda".
         group: number shared by the products of one layer call.
@@ -32,6 +31,7 @@ class Site:
         weight: which operand is a weight: "right", "left", or None if both are activations.
         weight_name: qualified name of the weight's parameter, where it is one.
         channels: (in / groups, out / groups, groups, batch) of a convolution.
+        batch: how many products of this shape, of a batched product.
         depthwise: convolution with one input channel per group.
         transposed: transposed convolution.
         is_output: the last product on the way to an output of the graph.
@@ -51,6 +51,7 @@ class Site:
     weight: str | None = None
     weight_name: str | None = None
     channels: tuple[Size, Size, Size, Size] | None = None
+    batch: Size = 1
     depthwise: bool = False
     transposed: bool = False
     is_output: bool = False

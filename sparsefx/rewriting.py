@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from sparsefx import compat, ops
 from sparsefx.plan import Plan
 
 PLAN = "sparsefx"
@@ -284,3 +285,69 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     copied = GraphModule(gm, graph)
     copied.meta.update(gm.meta)
     return copied
+
+
+def sites_failed(pass_name: str, failures: Sequence[tuple[Node, Exception]]) -> SitesFailedError:
+    """Gather what rules raised at some nodes into one error."""
+    return SitesFailedError(pass_name, [_failure(node, error) for node, error in failures])
+
+
+# --- references in place
+
+Traced = dict[Any, GraphModule]
+
+
+def inline(node: Node, traced: Traced | None = None) -> None:
+    """Put the ATen graph of an op's reference in the place of ``node``.
+
+    Args:
+        node: a call of one of our ops.
+        traced: graphs made so far, by op and kind of arguments: repeated layers trace once.
+    """
+    cache = {} if traced is None else traced
+    key = (node.target, *(_describe(arg) for arg in node.args))
+    if key not in cache:
+        cache[key] = _trace(node)
+    env: dict[Node, Any] = {}
+    operands = iter(_symbolic_or_tensor(node.args))
+    out: Any = None
+    for inner in cache[key].graph.nodes:
+        if inner.op == "placeholder":
+            env[inner] = next(operands)
+        elif inner.op == "output":
+            out = map_arg(inner.args[0], lambda n: env[n])
+        elif inner.op == "get_attr":
+            raise TypeError(f"{node.format_node()}: its reference holds a constant tensor")
+        else:
+            args, kwargs = map_arg((inner.args, inner.kwargs), lambda n: env[n])
+            env[inner] = emit(node, inner.target, *args, **kwargs)
+    node.replace_all_uses_with(out)
+    node.graph.erase_node(node)
+
+
+def _symbolic_or_tensor(args: Any) -> list[Node]:
+    found: list[Node] = []
+    map_arg(args, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return list(dict.fromkeys(found))
+
+
+def _describe(arg: Any) -> Any:
+    if isinstance(arg, list | tuple):
+        return tuple(map(_describe, arg))
+    if not isinstance(arg, Node):
+        return type(arg), arg
+    found = arg.meta["val"]
+    if not isinstance(found, Tensor):
+        return str(found)
+    return str(tuple(found.shape)), str(found.stride()), found.dtype, found.device
+
+
+def _trace(node: Node) -> GraphModule:
+    reference = ops.REFERENCES[node.target]
+    nodes = _symbolic_or_tensor(node.args)
+
+    def run(*values: Any) -> Any:
+        at = dict(zip(nodes, values, strict=True))
+        return reference(*map_arg(node.args, lambda n: at[n]))
+
+    return compat.trace_reference(run, [n.meta["val"] for n in nodes])

@@ -3,7 +3,7 @@
 Importing this package registers the ops in the namespace ``sparsefx`` of the torch dispatcher.
 """
 
-from sparsefx.ops._define import NAMESPACE, REFERENCES, has_kernel, is_sparse_op
+from sparsefx.ops._define import NAMESPACE, REFERENCES, has_kernel, is_sparse_op, traceable
 from sparsefx.ops.dense import conv_grad_input, conv_grad_weight
 from sparsefx.ops.nm import (
     masked_conv,
@@ -61,4 +61,5 @@ __all__ = [
     "sampled_mm_grad_weight",
     "topk_conv_indices",
     "topk_mm_indices",
+    "traceable",
 ]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsefx import compat
+
 NAMESPACE = "sparsefx"
 _library = torch.library.Library(NAMESPACE, "DEF")
 REFERENCES: dict[Any, Callable[..., Any]] = {}
@@ -47,7 +49,7 @@ def differentiate(
 ) -> None:
     """Give ``op`` its exact derivative, for those who call it eagerly."""
     torch.library.register_autograd(
-        op._schema.name, backward, setup_context=setup_context, lib=_library
+        op.name().partition(".")[0], backward, setup_context=setup_context, lib=_library
     )
 
 
@@ -62,4 +64,9 @@ def is_sparse_op(target: Any) -> bool:
 
 def has_kernel(op: Any, device: str) -> bool:
     """Whether a kernel overrides the reference on ``device`` ("cpu", "cuda")."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), device.upper())
+    return compat.has_kernel(op.name(), device.upper())
+
+
+def traceable(op: Any, args: Any) -> bool:
+    """Whether the reference is plain operators; a transposable mask loops over values."""
+    return not (op.name().startswith(f"{NAMESPACE}::nm_") and bool(args[-1]))

@@ -1,0 +1,50 @@
+"""A sparse compiler for PyTorch: ``torch.compile(model, backend="sparsefx")``."""
+
+from typing import Any
+
+from sparsefx import kernels, masks, ops
+from sparsefx.config import NM, Dense, Rule, Sampled, SparseConfig, preset
+from sparsefx.errors import (
+    ConfigError,
+    ExportError,
+    KernelError,
+    MaskError,
+    PassError,
+    SparsefxError,
+)
+from sparsefx.pipeline import SparsefxWarning
+from sparsefx.registration import register_backend
+from sparsefx.report import explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "ConfigError",
+    "Dense",
+    "ExportError",
+    "KernelError",
+    "MaskError",
+    "PassError",
+    "Rule",
+    "Sampled",
+    "SparseConfig",
+    "SparsefxError",
+    "SparsefxWarning",
+    "explain",
+    "masks",
+    "ops",
+    "preset",
+]
+
+kernels.register()
+register_backend()
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs an extra only when it is asked for."""
+    if name == "export_onnx":
+        from sparsefx.onnx import export_onnx
+
+        return export_onnx
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

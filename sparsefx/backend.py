@@ -1,0 +1,163 @@
+"""The torch.compile entry: reads options, rewrites the joint graph, has it compiled."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from sparsefx import compat, pipeline
+from sparsefx.capture import Compilation, name_inputs, remember
+from sparsefx.config import SparseConfig, as_config
+from sparsefx.errors import ConfigError
+
+_OPTIONS = ("config", "inductor")
+
+
+def sparsefx(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with sparse products: ``torch.compile(model, backend="sparsefx")``.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        mode: as for Inductor.
+        options: ``"config"``: a SparseConfig, a preset's name or a dict; ``"inductor"``: a dict of
+            Inductor's own options.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+        PassError: under ``strict=True``.
+    """
+    config, patches = read_options(mode, options)
+    record = remember(gm, example_inputs, config)
+    wrapper = compat.compile_wrapper()
+    if wrapper is not None:
+        wrapper.__dict__.setdefault("_sparsefx", []).append(record)
+
+    def rewrite(joint: GraphModule) -> None:
+        name_inputs(joint, record.inputs)
+        record.outcome = pipeline.run(joint, config)
+
+    if config.codegen == "aot_eager":
+        return compat.compile_eagerly(gm, example_inputs, rewrite)
+    identity = functools.partial(cache_identity, record, patches)
+    return compat.compile_with_inductor(gm, example_inputs, rewrite, identity, patches)
+
+
+def read_options(
+    mode: str | None, options: Mapping[str, Any] | None
+) -> tuple[SparseConfig, dict[str, Any]]:
+    """Return the config and Inductor's options.
+
+    Raises:
+        ConfigError: for an unknown key or a bad value.
+    """
+    for key in options or {}:
+        if key not in _OPTIONS:
+            raise ConfigError(
+                f"options: unknown key {key!r} (value {options[key]!r}); "  # type: ignore[index]
+                f"allowed: {', '.join(_OPTIONS)}"
+            )
+    config = as_config((options or {}).get("config"))
+    patches = (options or {}).get("inductor", {})
+    if not isinstance(patches, Mapping):
+        raise ConfigError(f"options: inductor={patches!r} must be a dict of Inductor's options")
+    known = compat.inductor_option_names()
+    for key in patches:
+        if key not in known:
+            raise ConfigError(
+                f"options: inductor: unknown key {key!r} (value {patches[key]!r}); allowed: the "
+                "names of torch._inductor.config"
+            )
+    return config, {**compat.mode_options(mode), **patches}
+
+
+# --- the cache contract
+
+
+def cache_identity(record: Compilation, patches: Mapping[str, Any]) -> str | None:
+    """Return what the compile caches must tell apart, or None to keep them out.
+
+    Covers this package's sources, the versions, the config, the device and everything that rules
+    can see of the graph and that the graph's own hash leaves out: names of layers and inputs.
+    """
+    config = _config_identity(record.config)
+    if config is None:
+        return None
+    names = [
+        [str(entry) for entry in (node.meta.get("nn_module_stack") or {}).values()]
+        for node in record.gm.graph.nodes
+    ]
+    facts = {
+        "sources": _sources(),
+        "torch": torch.__version__,
+        "config": config,
+        "inputs": [[i.name, i.kind] for i in record.inputs],
+        "names": names,
+        "device": _device(),
+        "inductor": {key: repr(value) for key, value in patches.items()},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _config_identity(config: SparseConfig) -> Any:
+    """Plain data, with the sources of functions; None where a function has no source."""
+    functions = [*config.passes]
+    rules = config.effective_rules()
+    functions += [r.match for r in rules if not isinstance(r.match, str | type)]  # type: ignore[misc]
+    sources = []
+    for function in functions:
+        if getattr(function, "__closure__", None):
+            return None  # what it closes over can't be known
+        try:
+            path = inspect.getsourcefile(function)
+            sources.append([function.__qualname__, pathlib.Path(path or "").read_text("utf-8")])
+        except (TypeError, OSError, AttributeError):
+            return None
+    return {"repr": repr([rules, _plain(config)]) if not functions else _plain(config),
+            "rules": [_rule_identity(rule) for rule in rules], "sources": sources}  # fmt: skip
+
+
+def _rule_identity(rule: Any) -> list[str]:
+    match = rule.match
+    name = match if isinstance(match, str) else f"{match.__module__}:{match.__qualname__}"
+    return [name, repr(rule.forward), repr(rule.grad_input), repr(rule.grad_weight)]
+
+
+def _plain(config: SparseConfig) -> dict[str, Any]:
+    keys = ("keep_output_dense", "select", "strict", "codegen", "verify")
+    return {key: getattr(config, key) for key in keys}
+
+
+@functools.cache
+def _sources() -> str:
+    """Hash of every file of this package: a changed pass or kernel must miss the caches."""
+    root = pathlib.Path(__file__).parent
+    digest = hashlib.sha256()
+    folders = [root, root / "passes", root / "kernels"]  # rglob doesn't follow links
+    files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    for path in sorted(files):
+        if path.suffix in (".py", ".cpp", ".cu"):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"

@@ -1,0 +1,148 @@
+"""Graphs as Dynamo gives them, kept so that their joint graph can be traced again at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from sparsefx import compat
+from sparsefx.config import SparseConfig
+from sparsefx.naming import Input, module_path
+from sparsefx.rewriting import INPUT, copy_graph_module
+
+if TYPE_CHECKING:
+    from sparsefx.pipeline import Outcome
+
+
+@dataclass
+class Compilation:
+    """One graph that was compiled, kept so that a report can be made of it later.
+
+    Attributes:
+        gm: the graph as Dynamo gave it; its metadata holds fake inputs.
+        inputs: what each of its placeholders is.
+        config: what was asked for.
+        outcome: what the pipeline did; None where a compile cache answered without it.
+        grad: whether gradients were recorded.
+        inference: whether inference mode was on.
+        autocast: (device type, dtype) pairs that were active.
+    """
+
+    gm: GraphModule
+    inputs: list[Input]
+    config: SparseConfig
+    outcome: Outcome | None = None
+    grad: bool = True
+    inference: bool = False
+    autocast: list[tuple[str, torch.dtype]] = field(default_factory=list)
+
+
+def remember(gm: GraphModule, example_inputs: Sequence[Any], config: SparseConfig) -> Compilation:
+    """Keep what a later report needs: a copy of the graph and the surrounding modes."""
+    active = [
+        (device, torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
+    return Compilation(
+        gm=copy_graph_module(gm),
+        inputs=describe_inputs(gm, example_inputs),
+        config=config,
+        grad=torch.is_grad_enabled(),
+        inference=torch.is_inference_mode_enabled(),
+        autocast=active,
+    )
+
+
+def describe_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Input]:
+    """Say of each placeholder whether it is a parameter, a buffer or an input, and its name."""
+    described = []
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, example in zip(nodes, example_inputs, strict=True):
+        source = compat.input_source(node)
+        kind = "input"
+        if isinstance(example, nn.Parameter) or "._parameters[" in source:
+            kind = "parameter"
+        elif "._buffers[" in source:
+            kind = "buffer"
+        name = node.name if kind == "input" else module_path(source)
+        described.append(Input(name or node.name, kind))
+    return described
+
+
+def name_inputs(joint: GraphModule, inputs: Sequence[Input]) -> None:
+    """Write onto the placeholders of a joint graph what they are."""
+    placeholders: list[Node] = [n for n in joint.graph.nodes if n.op == "placeholder"]
+    for order, node in enumerate(placeholders):
+        position = compat.input_position(node, order)
+        is_tangent = node.name.startswith("tangents")
+        if not is_tangent and position < len(inputs):
+            node.meta[INPUT] = inputs[position]
+
+
+
+def record_graphs(
+    model: Any, config: SparseConfig, args: Sequence[Any], kwargs: dict[str, Any]
+) -> list[Compilation]:
+    """Run ``model`` once through Dynamo and return its graphs; buffers and seeds are put back.
+
+    Args:
+        model: a module or a function; it runs in eager mode under the current grad mode.
+        config: kept with each graph.
+        args: inputs.
+        kwargs: inputs by name.
+    """
+    records: list[Compilation] = []
+
+    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        records.append(remember(gm, example_inputs, config))
+        return gm.forward
+
+    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    saved = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), compat.many_recompiles():
+        try:
+            torch.compile(model, backend=keep)(*args, **kwargs)
+        finally:
+            with torch.no_grad():
+                for name, buffer in buffers.items():
+                    buffer.copy_(saved[name])
+    return records
+
+
+def trace_again(
+    record: Compilation, rewrite: compat.Rewrite, observe: compat.Observe | None = None
+) -> None:
+    """Trace the joint (or inference) graph of ``record``; nothing is compiled or run.
+
+    Args:
+        record: the graph.
+        rewrite: called with the joint graph, which it may edit.
+        observe: see :func:`sparsefx.compat.compile_eagerly`.
+    """
+
+    def named(joint: GraphModule) -> None:
+        name_inputs(joint, record.inputs)
+        rewrite(joint)
+
+    gm = copy_graph_module(record.gm)
+    with ExitStack() as modes:
+        inputs = modes.enter_context(compat.retrace(gm))
+        modes.enter_context(torch.set_grad_enabled(record.grad))
+        for device, dtype in record.autocast:
+            modes.enter_context(torch.autocast(device, dtype))
+        compat.compile_eagerly(gm, inputs, named, observe)
+
+
+def joint_graph(record: Compilation) -> GraphModule:
+    """Return a copy of the joint (or inference) graph, before any pass."""
+    found: list[GraphModule] = []
+    trace_again(record, lambda joint: found.append(copy_graph_module(joint)))
+    return found[0]

@@ -1,0 +1,266 @@
+"""Every private torch import, in one room: what to look at when torch moves (2.11 to 2.13 tried)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+__all__ = [
+    "OpOverload",
+    "compile_eagerly",
+    "compile_with_inductor",
+    "decompositions",
+    "get_proxy_mode",
+    "has_kernel",
+    "input_source",
+    "retrace",
+    "trace_reference",
+]
+
+Rewrite = Callable[[GraphModule], None]
+Observe = Callable[[str, GraphModule, int], None]
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether the dispatcher has a kernel of ``op`` (with namespace) under a dispatch key."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return the decompositions that Inductor traces with: what a joint graph may contain."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()  # type: ignore[no-any-return]
+
+
+def trace_reference(function: Callable[..., Any], args: Sequence[Any]) -> GraphModule:
+    """Trace ``function`` on fake tensors to a graph of post-decomposition ATen operators."""
+    table = decompositions()
+    with torch.no_grad():
+        return make_fx(function, decomposition_table=table, tracing_mode="fake")(*args)  # type: ignore[no-any-return]
+
+
+def input_source(placeholder: Node) -> str:
+    """Return how the user's code reaches an input: ``L['self']._modules['fc']...``."""
+    name = getattr(getattr(placeholder, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
+def input_position(placeholder: Node, order: int) -> int:
+    """Return which input of the Dynamo graph a placeholder of the joint graph is."""
+    described = getattr(placeholder.meta.get("desc"), "idx", None)
+    return described if isinstance(described, int) else order
+
+
+# --- Inductor
+
+
+def compile_with_inductor(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    rewrite: Rewrite,
+    identity: Callable[[], str | None],
+    patches: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile with Inductor, rewriting the joint (or inference) graph first.
+
+    Args:
+        gm: as Dynamo gave it.
+        inputs: likewise.
+        rewrite: edits the graph in place.
+        identity: what the compile caches must tell apart; None keeps them out.
+        patches: further Inductor options.
+    """
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx
+
+    before = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
+    mine = _joint_pass(rewrite, identity, before)
+    return compile_fx(  # type: ignore[no-any-return]
+        gm, list(inputs), config_patches={**patches, "joint_custom_pre_pass": mine}
+    )
+
+
+def _joint_pass(rewrite: Rewrite, identity: Callable[[], str | None], before: Any) -> Any:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    # 2.11 takes one pass only, so the ones that the user set run inside ours
+    earlier = () if before is None else before if isinstance(before, list | tuple) else (before,)
+
+    class RewriteJointGraph(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            gm = graph.owning_module
+            assert gm is not None
+            for other in earlier:
+                other(gm.graph)
+            rewrite(gm)
+
+        def uuid(self) -> str | None:
+            own, others = identity(), [getattr(p, "uuid", lambda: None)() for p in earlier]
+            return None if own is None or None in others else f"{own} after {others!r}"
+
+    return RewriteJointGraph()
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Return the Inductor options that ``torch.compile(mode=...)`` stands for."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode else {}
+
+
+def inductor_option_names() -> list[str]:
+    """Return the names of Inductor's own options."""
+    from torch._inductor import config as inductor_config
+
+    return list(inductor_config.get_config_copy())
+
+
+# --- without Inductor
+
+
+def compile_eagerly(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    rewrite: Rewrite,
+    observe: Observe | None = None,
+) -> Callable[..., Any]:
+    """Trace, rewrite, partition and run the graphs operator by operator.
+
+    Args:
+        gm: as Dynamo gave it.
+        inputs: likewise, real or fake.
+        rewrite: edits the joint (or inference) graph in place.
+        observe: told ("forward" | "backward" | "inference", graph, number of results).
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    results = 0
+
+    def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        nonlocal results
+        results = kwargs["num_fwd_outputs"]
+        rewrite(joint)
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+    def run(kind: str) -> Callable[..., Any]:
+        def compiler(graph: GraphModule, _: Any) -> Callable[..., Any]:
+            if kind == "inference":
+                rewrite(graph)
+            if observe is not None:
+                observe(kind, graph, results)
+            return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+
+        return compiler
+
+    return aot_autograd(  # type: ignore[no-any-return]
+        fw_compiler=run("forward"),
+        bw_compiler=run("backward"),
+        inference_compiler=run("inference"),
+        partition_fn=partition,
+        decompositions=decompositions(),
+        keep_inference_input_mutations=True,
+    )(gm, list(inputs))
+
+
+def partition(joint: GraphModule, results: int) -> tuple[GraphModule, GraphModule]:
+    """Split a joint graph into (forward, backward) as Inductor would."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder"]
+    return min_cut_rematerialization_partition(  # type: ignore[no-any-return]
+        joint, inputs, num_fwd_outputs=results, static_lifetime_input_indices=[]
+    )
+
+
+@contextmanager
+def retrace(gm: GraphModule) -> Iterator[list[Any]]:
+    """Reopen the tracing context of a Dynamo graph; yields its fake inputs."""
+    inputs = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+    modes = [value.fake_mode for value in inputs if hasattr(value, "fake_mode")]
+    if not modes:
+        yield inputs
+        return
+    with tracing(TracingContext(modes[0])), modes[0]:
+        yield inputs
+
+
+# --- who is being compiled
+
+
+def compile_wrapper() -> Any:
+    """Return the object behind the running ``torch.compile`` call, or None."""
+    frame = sys._getframe(1)
+    for _ in range(6):
+        found = frame.f_locals.get("self")
+        if isinstance(found, torch._TorchCompileWrapper):
+            return found
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def wrapper_of(compiled: Any) -> Any:
+    """Return the object behind a compiled module or function, or None."""
+    candidates = [getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)]
+    for holder in (compiled, getattr(compiled, "_compiled_call_impl", None)):
+        for cell in getattr(holder, "__closure__", None) or ():
+            content = cell.cell_contents
+            candidates += [content, getattr(content, "callback", None)]
+    for found in candidates:
+        for _ in range(8):
+            if found is None or isinstance(found, torch._TorchCompileWrapper):
+                break
+            found = getattr(found, "_torchdynamo_orig_backend", None)
+        if isinstance(found, torch._TorchCompileWrapper):
+            return found
+    return None
+
+
+def trace_function(function: Callable[..., Any], args: Sequence[Any]) -> GraphModule:
+    """Trace a function of real tensors to a graph of ATen operators with fake values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    with mode:
+        gm = trace_reference(function, fakes)
+    # constants are no inputs: make_fx gives them placeholders all the same
+    for node in list(gm.graph.nodes):
+        if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
+            gm.graph.erase_node(node)
+    gm.recompile()
+    return gm
+
+
+@contextmanager
+def many_recompiles() -> Iterator[None]:
+    """Let a capture trace a function anew however often it was compiled before."""
+    with torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16):
+        yield
+
+
+def known_backends() -> list[str]:
+    """Return the names of all torch.compile backends, entry points included."""
+    from torch._dynamo.backends.registry import list_backends
+
+    return list(list_backends(exclude_tags=()))
+
+
+def register_backend(name: str, compiler: Callable[..., Any]) -> None:
+    """Register a torch.compile backend by hand."""
+    from torch._dynamo.backends.registry import register_backend as register
+
+    register(compiler, name)

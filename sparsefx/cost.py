@@ -1,0 +1,80 @@
+"""What a product costs: floating-point operations and bytes, and whether sparse is worth it.
+
+Sizes may be symbolic (``torch.SymInt``): every figure is then an expression of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sparsefx.config import NM, Pattern, Sampled
+from sparsefx.plan import Decision, Site
+from sparsefx.policy import sampled_depth
+
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def dense_flops(site: Site) -> Any:
+    """2 * M * N * K, for each product of a batch."""
+    m, n, k = site.shape
+    return 2 * site.batch * m * n * k
+
+
+def sparse_flops(site: Site, pattern: Pattern) -> Any:
+    """Operations that the pattern leaves: what arithmetic on kept values alone would cost."""
+    full = dense_flops(site)
+    if isinstance(pattern, NM):
+        return full * pattern.n // pattern.m
+    if isinstance(pattern, Sampled):
+        depth = sampled_depth(site)
+        return full * kept(pattern, depth) // depth if not _is_zero(depth) else full
+    return full
+
+
+def kept(pattern: Pattern, depth: Any) -> Any:
+    """Pairs that are used of ``depth``: an int, or an expression of a symbolic size."""
+    assert isinstance(pattern, Sampled)
+    return pattern.k(depth if isinstance(depth, int) else int(depth))
+
+
+def _is_zero(depth: Any) -> bool:
+    return isinstance(depth, int) and depth == 0
+
+
+def packed_weight_bytes(site: Site, pattern: Pattern) -> int:
+    """Bytes of the weight if only kept values and their indices were stored."""
+    values = site.shape[1] * site.shape[2] * _BYTES.get(site.dtype, 4)
+    if not isinstance(pattern, NM):
+        return int(values)
+    count = site.shape[1] * site.shape[2] * pattern.n // pattern.m
+    index_bits = math.ceil(math.log2(pattern.m))
+    return int(count * _BYTES.get(site.dtype, 4) + count * index_bits // 8)
+
+
+def executes_dense(op: str, device: str) -> bool:
+    """Whether an op runs the full product with a masked operand: right, but no faster."""
+    return op.startswith(("masked_", "nm_"))
+
+
+def unprofitable(site: Site, decision: Decision) -> str:
+    """Reason to leave a site dense on this machine, or "".
+
+    N:M runs as a masked dense product on every device so far (packed and vendor kernels are not
+    here yet), so it gains nothing. Sampling gains (1 - ratio) of the product and pays for reading
+    both operands three more times (norms, gather, scatter).
+    """
+    if isinstance(decision.pattern, NM):
+        return f"not profitable: N:M runs as a masked dense product on {site.device}"
+    if not isinstance(decision.pattern, Sampled):
+        return ""
+    m, n, k = (int(size) for size in site.shape)
+    saved = float(dense_flops(site)) - float(sparse_flops(site, decision.pattern))
+    moved = 3.0 * _BYTES.get(site.dtype, 4) * int(site.batch) * (m * k + k * n)
+    flops_per_byte = {"cpu": 8.0, "cuda": 180.0}.get(site.device, 8.0)
+    if saved < moved * flops_per_byte:
+        return (
+            f"not profitable: saves {saved:.3g} operations, moves {moved:.3g} more bytes, "
+            f"worth {flops_per_byte:g} operations each on {site.device}"
+        )
+    return ""

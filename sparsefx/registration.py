@@ -1,0 +1,12 @@
+"""The backend is found by its entry point; from a bare checkout, importing sparsefx registers it."""
+
+from sparsefx import compat
+
+
+def register_backend() -> None:
+    """Register the backend unless the installed package's entry point already did."""
+    if "sparsefx" in compat.known_backends():
+        return
+    from sparsefx.backend import sparsefx
+
+    compat.register_backend("sparsefx", sparsefx)

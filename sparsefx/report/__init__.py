@@ -1,0 +1,2 @@
+from sparsefx.report.explain import explain
+__all__ = ["explain"]
