@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from sparsefx import ops
 from sparsefx.compat import OpOverload
-from sparsefx.rewriting import PassResult, Skip, emit, rewrite_nodes, value
+from sparsefx.rewriting import arguments, PassResult, Skip, emit, rewrite_nodes, value
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ def canonicalize(gm: GraphModule, *, excluded: Iterable[str] = ()) -> PassResult
 
 
 def _split_addmm(addmm: Node) -> Node | Skip | None:
-    bias = addmm.args[0]
+    bias = arguments(addmm)[0]
     plain = all(addmm.kwargs.get(key, 1) == 1 for key in ("alpha", "beta"))
     if plain and value(bias).dim() == 1 and value(bias).shape[0] == value(addmm).shape[1]:
         return None
@@ -48,7 +48,7 @@ def _split_baddbmm(baddbmm: Node) -> Node | Skip | None:
 
 
 def _product_plus(node: Node, product: OpOverload) -> Node:
-    bias, left, right = node.args
+    bias, left, right = arguments(node)
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     out = emit(node, product, left, right)
     if alpha != 1:
@@ -60,10 +60,10 @@ def _product_plus(node: Node, product: OpOverload) -> Node:
 
 
 def _split_convolution_backward(item: Node) -> Node | Skip | None:
-    backward, index = item.args
+    backward, index = arguments(item)
     if not isinstance(backward, Node) or backward.target is not aten.convolution_backward.default:
         return None
-    grad, x, w, _, stride, padding, dilation, transposed, _, groups, _ = backward.args
+    grad, x, w, _, stride, padding, dilation, transposed, _, groups, _ = arguments(backward)
     if transposed:
         return Skip("transposed convolution")
     where = stride, padding, dilation, groups

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
-from sparsefx.rewriting import PLAN, PassResult, emit, finish, inline, plan_of, value
+from sparsefx.rewriting import arguments, PLAN, PassResult, emit, finish, inline, plan_of, value
 
 aten = torch.ops.aten
 
@@ -45,9 +45,10 @@ def _join(first: Node, second: Node) -> None:
     early = first if first in _before(second) else second
     late = second if early is first else first
     if any(user in _between(early, late) for user in early.users):
-        inline(first), inline(second)
+        inline(first)
+        inline(second)
         return
-    grad, w, _, *where = gi.args
+    grad, w, _, *where = arguments(gi)
     x, groups = gw.args[1], where.pop()
     zeros = [0] * len(where[0])  # type: ignore[arg-type]
     both = emit(

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from sparsefx import naming, ops
 from sparsefx.plan import Plan, Role, Site, Size
-from sparsefx.rewriting import INPUT, PLAN, PassResult, peel, plan_of, value
+from sparsefx.rewriting import arguments, INPUT, PLAN, PassResult, peel, plan_of, value
 
 aten = torch.ops.aten
 
@@ -115,21 +115,22 @@ def _final_products(nodes: list[Node], forwards: set[Node]) -> set[Node]:
             feeds.add(node)
     final: set[Node] = set()
     for result in nodes[-1].all_input_nodes:
-        node: Node | None = result
-        while node is not None and not _is_backward(node):
-            if node in forwards:
-                if node not in feeds:
-                    final.add(node)
+        step: Node | None = result
+        while step is not None and not _is_backward(step):
+            if step in forwards:
+                if step not in feeds:
+                    final.add(step)
                 break
-            source = node.args[0] if node.op == "call_function" and node.target in _VIEWS else None
-            node = source if isinstance(source, Node) else None
+            viewed = step.op == "call_function" and step.target in _VIEWS
+            source = step.args[0] if viewed else None
+            step = source if isinstance(source, Node) else None
     return final
 
 
 def _tensors(node: Node) -> tuple[Node, Node]:
     """The two factors of a product."""
     first = 1 if node.target is aten.addmm.default else 0
-    left, right = node.args[first : first + 2]
+    left, right = arguments(node)[first : first + 2]
     assert isinstance(left, Node) and isinstance(right, Node), node.format_node()
     return left, right
 
@@ -172,7 +173,7 @@ def _shape(
     left, right = (value(side) for side in _tensors(node))
     if kind != "conv":
         return (left.shape[-2], right.shape[-1], left.shape[-1]), None
-    groups, out = node.args[8], value(node)
+    groups, out = arguments(node)[8], value(node)
     inner, outer = right.shape[1], right.shape[0]
     if node.args[6]:  # transposed: [in, out / groups, *taps]
         inner, outer = right.shape[0] // groups, right.shape[1] * groups  # type: ignore[operator]

@@ -24,6 +24,7 @@ from sparsefx.config import NM, Dense
 from sparsefx.plan import Plan
 from sparsefx.policy import nm_illegal
 from sparsefx.rewriting import (
+    arguments,
     PLAN,
     PassResult,
     Skip,
@@ -73,7 +74,7 @@ def _mm(mm: Node) -> Node | Skip | None:
     if found is None or isinstance(found, Skip):
         return found
     plan, nm = found
-    bias, x, w = mm.args if mm.target is aten.addmm.default else (None, *mm.args)
+    bias, x, w = arguments(mm) if mm.target is aten.addmm.default else (None, *arguments(mm))
     if plan.flipped:  # the node is (x @ w).T, written w.T @ x.T
         x, w = flip(mm, w), flip(mm, x)
     # a derived grad_input has the forward's groups, which run along its own N
@@ -107,7 +108,7 @@ def _convolution(conv: Node) -> Node | Skip | None:
     if found is None or isinstance(found, Skip):
         return found
     _, nm = found
-    x, w, bias, stride, padding, dilation, _, _, groups = conv.args
+    x, w, bias, stride, padding, dilation, _, _, groups = arguments(conv)
     where = stride, padding, dilation, groups
     if nm.transposable:
         mask = emit(conv, ops.nm_mask, w, nm.n, nm.m, 1, True)
@@ -120,7 +121,7 @@ def _conv_grad_input(node: Node) -> Node | Skip | None:
     if found is None or isinstance(found, Skip):
         return found
     plan, nm = found
-    grad, w, *where = node.args
+    grad, w, *where = arguments(node)
     assert plan.decision is not None and isinstance(w, Node)
     if nm.transposable:
         mask = emit(node, ops.nm_mask, w, nm.n, nm.m, 1, True)
@@ -155,13 +156,13 @@ def _wrap_weight_gradients(gm: GraphModule) -> bool:
 
 def _wrap(node: Node, plan: Plan, nm: NM, forward: Node, decayed: set[Node]) -> bool:
     conv = plan.site.kind == "conv"
-    w = forward.args[2 if forward.target is aten.addmm.default else 1]
+    w = arguments(forward)[2 if forward.target is aten.addmm.default else 1]
     assert isinstance(w, Node)
     operand, flipped = (w, False) if conv else peel(w)
     dim = 1 if conv or flipped else 0  # of the stored weight
     param, last, turned = operand, node, plan.flipped
     while param.target in _CASTS and isinstance(param.args[0], Node):
-        param = param.args[0]
+        param = arguments(param)[0]
     while (following := _only_view_or_cast(last)) is not None:
         last, turned = following, turned != (following.target is aten.permute.default)
     if value(last).dtype != value(param).dtype:

@@ -26,6 +26,7 @@ from sparsefx.config import Sampled
 from sparsefx.plan import Plan
 from sparsefx.policy import sampled_exact
 from sparsefx.rewriting import (
+    arguments,
     PLAN,
     PassResult,
     Skip,
@@ -104,7 +105,7 @@ def _mm(indices: dict[int, Node], mm: Node) -> Node | Skip | None:
     plan, pattern = found
     if plan.decision is not None and plan.decision.derived:
         return _mm_gradient(indices[plan.site.group], mm, plan)
-    bias, x, w = mm.args if mm.target is aten.addmm.default else (None, *mm.args)
+    bias, x, w = arguments(mm) if mm.target is aten.addmm.default else (None, *arguments(mm))
     k = _count(mm, size(mm, x, 1), pattern)
     drawn = _draw(mm, ops.topk_mm_indices, x, w, k, _side(plan, pattern))
     if plan.site.role == "forward":
@@ -113,7 +114,7 @@ def _mm(indices: dict[int, Node], mm: Node) -> Node | Skip | None:
 
 
 def _mm_gradient(drawn: Node, mm: Node, plan: Plan) -> Node:
-    left, right = mm.args
+    left, right = arguments(mm)
     if plan.site.role == "grad_input":  # g @ w.T, or w @ g.T
         grad, w = (flip(mm, right), left) if plan.flipped else (left, flip(mm, right))
         out = emit(mm, ops.sampled_mm_grad_input, grad, w, drawn)
@@ -144,7 +145,7 @@ def _bmm(indices: dict[int, Node], bmm: Node) -> Node | Skip | None:
     if found is None or isinstance(found, Skip):
         return found
     plan, pattern = found
-    left, right = bmm.args
+    left, right = arguments(bmm)
     if plan.decision is None or not plan.decision.derived:
         k = _count(bmm, size(bmm, left, 2), pattern)
         drawn = _draw(bmm, ops.topk_mm_indices, left, right, k, _side(plan, pattern))
@@ -170,7 +171,7 @@ def _convolution(indices: dict[int, Node], conv: Node) -> Node | Skip | None:
     if found is None or isinstance(found, Skip):
         return found
     plan, pattern = found
-    x, w, bias, stride, padding, dilation, _, _, groups = conv.args
+    x, w, bias, stride, padding, dilation, _, _, groups = arguments(conv)
     k = _count(conv, size(conv, w, 1), pattern)
     drawn = _draw(conv, ops.topk_conv_indices, x, w, k, "in", groups, _conv_side(pattern))
     indices[plan.site.group] = drawn
@@ -182,7 +183,7 @@ def _conv_grad_input(indices: dict[int, Node], node: Node) -> Node | Skip | None
     if found is None or isinstance(found, Skip):
         return found
     plan, pattern = found
-    grad, w, sizes, stride, padding, dilation, groups = node.args
+    grad, w, sizes, stride, padding, dilation, groups = arguments(node)
     where = stride, padding, dilation, groups
     if plan.decision is not None and plan.decision.derived:
         drawn = indices[plan.site.group]
@@ -200,7 +201,7 @@ def _conv_grad_weight(indices: dict[int, Node], node: Node) -> Node | Skip | Non
     if found is None or isinstance(found, Skip):
         return found
     plan, pattern = found
-    grad, x, sizes, *where = node.args
+    grad, x, sizes, *where = arguments(node)
     if plan.decision is not None and plan.decision.derived:
         drawn = indices[plan.site.group]
         saved = _save(drawn, ops.gather_channels, x)

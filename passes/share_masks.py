@@ -17,7 +17,7 @@ from functools import partial
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
-from sparsefx.rewriting import PassResult, emit, finish, flip, peel, plan_of, rewrite_nodes, value
+from sparsefx.rewriting import arguments, PassResult, emit, finish, flip, peel, plan_of, rewrite_nodes, value
 
 Key = tuple[Node, int, int, int, bool]
 
@@ -42,7 +42,7 @@ def _mask_key(node: Node) -> Key | None:
         return node.args[0], *node.args[1:]  # type: ignore[return-value]
     if node.target is ops.nm_mm:
         root, flipped = peel(node.args[1])  # type: ignore[arg-type]
-        n, m, dim, transposable = node.args[3:]
+        n, m, dim, transposable = arguments(node)[3:]
         return root, n, m, 1 - dim if flipped else dim, transposable  # type: ignore[operator,return-value]
     if node.target in (ops.nm_conv, ops.nm_conv_grad_input):
         return node.args[1], *node.args[-4:]  # type: ignore[return-value]
@@ -60,7 +60,7 @@ def _separate_mm(uses: Counter[Key], node: Node) -> Node | None:
     key = _separates(uses, node)
     if key is None:
         return None
-    x, w, bias, *_ = node.args
+    x, w, bias, *_ = arguments(node)
     mask = emit(node, ops.nm_mask, *key)
     mask = flip(node, mask) if peel(w)[1] else mask  # type: ignore[arg-type]
     return emit(node, ops.masked_mm, x, w, mask, bias)
@@ -70,7 +70,7 @@ def _separate_conv(uses: Counter[Key], node: Node) -> Node | None:
     key = _separates(uses, node)
     if key is None:
         return None
-    x, w, bias, *where = node.args[:7]
+    x, w, bias, *where = arguments(node)[:7]
     return emit(node, ops.masked_conv, x, w, emit(node, ops.nm_mask, *key), bias, *where)
 
 
@@ -78,7 +78,7 @@ def _separate_conv_grad_input(uses: Counter[Key], node: Node) -> Node | None:
     key = _separates(uses, node)
     if key is None:
         return None
-    grad, w, *where = node.args[:7]
+    grad, w, *where = arguments(node)[:7]
     return emit(node, ops.masked_conv_grad_input, grad, w, emit(node, ops.nm_mask, *key), *where)
 
 

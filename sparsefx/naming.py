@@ -86,7 +86,8 @@ def layer_of(node: Node, weight: str | None) -> str:
 def op_name(target: Callable[..., Any] | str) -> str:
     """Return the bare name of an operator: ``mm`` for ``aten.mm.default``."""
     if isinstance(target, OpOverload):
-        return target.name().partition(".")[0].rpartition("::")[2]
+        name = str(target.name())  # type: ignore[no-untyped-call]
+        return name.partition(".")[0].rpartition("::")[2]
     return "convolution_backward" if not isinstance(target, str) else target
 
 

@@ -1,4 +1,4 @@
-"""The backend is found by its entry point; from a bare checkout, importing sparsefx registers it."""
+"""Register the backend from a bare checkout; an installed package has an entry point."""
 
 from sparsefx import compat
 

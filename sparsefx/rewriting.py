@@ -94,6 +94,11 @@ def operands(node: Node, count: int) -> tuple[Node, ...]:
     return found  # type: ignore[return-value]
 
 
+def arguments(node: Node) -> Any:
+    """Return a node's arguments, free of torch.fx's wide union: the schema says what they are."""
+    return node.args
+
+
 def fake_result(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
     """Run ``target`` on the fake values of its arguments."""
     real_args, real_kwargs = map_arg((tuple(args), dict(kwargs or {})), lambda n: n.meta["val"])
@@ -278,7 +283,8 @@ def size(anchor: Node, node: Node, dim: int) -> int | Node:
 
 def copy_graph_module(gm: GraphModule) -> GraphModule:
     """Copy the graph, nodes' names and metadata included; the attributes are shared."""
-    graph, env = Graph(), {}
+    graph = Graph()
+    env: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         env[node] = graph.node_copy(node, lambda n: env[n])
     graph.set_codegen(gm.graph._codegen)

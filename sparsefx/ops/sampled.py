@@ -36,7 +36,7 @@ Ints = Sequence[int]
 def _squares(x: Tensor, dims: Sequence[int]) -> Tensor:
     """Sum of squares over ``dims``; ``norm(dim=0)`` is 30 times slower on CPU."""
     wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * wide).sum(dims)
+    return torch.sum(wide * wide, dim=list(dims))
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
