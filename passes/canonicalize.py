@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from sparsefx import ops
 from sparsefx.compat import OpOverload
-from sparsefx.rewriting import arguments, PassResult, Skip, emit, rewrite_nodes, value
+from sparsefx.rewriting import PassResult, Skip, arguments, emit, rewrite_nodes, value
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
-from sparsefx.rewriting import arguments, PLAN, PassResult, emit, finish, inline, plan_of, value
+from sparsefx.rewriting import PLAN, PassResult, arguments, emit, finish, inline, plan_of, value
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def _join(first: Node, second: Node) -> None:
         return
     grad, w, _, *where = arguments(gi)
     x, groups = gw.args[1], where.pop()
-    zeros = [0] * len(where[0])  # type: ignore[arg-type]
+    zeros = [0] * len(where[0])
     both = emit(
         late, aten.convolution_backward.default, grad, x, w, None, *where, False, zeros, groups,
         [True, True, False],

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from sparsefx import naming, ops
 from sparsefx.plan import Plan, Role, Site, Size
-from sparsefx.rewriting import arguments, INPUT, PLAN, PassResult, peel, plan_of, value
+from sparsefx.rewriting import INPUT, PLAN, PassResult, arguments, peel, plan_of, value
 
 aten = torch.ops.aten
 
@@ -29,7 +29,10 @@ _KINDS = {
     aten.bmm.default: "bmm",
     aten.convolution.default: "conv",
 }
-_CONV_GRADIENTS = {ops.conv_grad_input: "grad_input", ops.conv_grad_weight: "grad_weight"}
+_CONV_GRADIENTS: dict[object, Role] = {
+    ops.conv_grad_input: "grad_input",
+    ops.conv_grad_weight: "grad_weight",
+}
 _VIEWS = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
     aten.transpose.int, aten.t.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
@@ -131,7 +134,8 @@ def _tensors(node: Node) -> tuple[Node, Node]:
     """The two factors of a product."""
     first = 1 if node.target is aten.addmm.default else 0
     left, right = arguments(node)[first : first + 2]
-    assert isinstance(left, Node) and isinstance(right, Node), node.format_node()
+    assert isinstance(left, Node), node.format_node()
+    assert isinstance(right, Node), node.format_node()
     return left, right
 
 
@@ -176,7 +180,7 @@ def _shape(
     groups, out = arguments(node)[8], value(node)
     inner, outer = right.shape[1], right.shape[0]
     if node.args[6]:  # transposed: [in, out / groups, *taps]
-        inner, outer = right.shape[0] // groups, right.shape[1] * groups  # type: ignore[operator]
+        inner, outer = right.shape[0] // groups, right.shape[1] * groups
     rows = math.prod([out.shape[0], *out.shape[2:]])
     depth = inner * math.prod(right.shape[2:])
     return (rows, outer, depth), (inner, outer // groups, groups, left.shape[0])
@@ -243,7 +247,7 @@ def _conv_candidates(node: Node, forwards: list[Node]) -> Iterator[tuple[Node, R
             if (bx, bw) == (x, w):
                 yield forward, "grad_weight" if node.args[1] else "grad_input", False
         elif node.args[1] is (w if node.target is ops.conv_grad_input else x):
-            yield forward, _CONV_GRADIENTS[node.target], False  # type: ignore[misc,index]
+            yield forward, _CONV_GRADIENTS[node.target], False
 
 
 def _mm_candidates(node: Node, forward: Node) -> Iterator[tuple[Node, Role, bool]]:

@@ -24,10 +24,10 @@ from sparsefx.config import NM, Dense
 from sparsefx.plan import Plan
 from sparsefx.policy import nm_illegal
 from sparsefx.rewriting import (
-    arguments,
     PLAN,
     PassResult,
     Skip,
+    arguments,
     emit,
     finish,
     flip,
@@ -122,7 +122,7 @@ def _conv_grad_input(node: Node) -> Node | Skip | None:
         return found
     plan, nm = found
     grad, w, *where = arguments(node)
-    assert plan.decision is not None and isinstance(w, Node)
+    assert plan.decision is not None
     if nm.transposable:
         mask = emit(node, ops.nm_mask, w, nm.n, nm.m, 1, True)
         return emit(node, ops.masked_conv_grad_input, grad, w, mask, *where)

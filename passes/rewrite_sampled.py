@@ -26,10 +26,10 @@ from sparsefx.config import Sampled
 from sparsefx.plan import Plan
 from sparsefx.policy import sampled_exact
 from sparsefx.rewriting import (
-    arguments,
     PLAN,
     PassResult,
     Skip,
+    arguments,
     emit,
     flip,
     plan_of,
@@ -82,7 +82,7 @@ def _draw(node: Node, op: object, *args: object) -> Node:
 
 
 def _count(node: Node, depth: int | Node, pattern: Sampled) -> int | Node:
-    """k = min(K, max(min_k, int(ratio * K))), in the graph where K is symbolic."""
+    """Pairs kept: min(K, max(min_k, int(ratio * K))), in the graph where K is symbolic."""
     if isinstance(depth, int):
         return pattern.k(depth)
     exact = emit(node, operator.mul, emit(node, torch.sym_float, depth), pattern.ratio)
@@ -188,7 +188,7 @@ def _conv_grad_input(indices: dict[int, Node], node: Node) -> Node | Skip | None
     if plan.decision is not None and plan.decision.derived:
         drawn = indices[plan.site.group]
         return emit(node, ops.sampled_conv_grad_input, grad, w, drawn, sizes, *where)
-    outputs = value(w).shape[0] // groups  # type: ignore[operator]
+    outputs = value(w).shape[0] // groups
     drawn = _draw(
         node, ops.topk_conv_indices, grad, w, _count(node, outputs, pattern), "out", groups,
         _conv_side(pattern),

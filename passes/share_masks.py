@@ -1,7 +1,8 @@
 """Make each mask once.
 
     nm_mask(w, ...), nm_mask(w, ...)           ->  one nm_mask(w, ...)
-    nm_mm(x, w, b, ...), nm_mm(g, w.T, ...)    ->  masked_mm(x, w, mask, b), masked_mm(g, w.T, mask.T)
+    nm_mm(x, w, b, ...), nm_mm(g, w.T, ...)    ->  masked_mm(x, w, mask, b),
+                                                   masked_mm(g, w.T, mask.T)
 
 The second only where a mask has several uses and the device has no kernel that makes it in
 registers, which is then free.
@@ -17,7 +18,16 @@ from functools import partial
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
-from sparsefx.rewriting import arguments, PassResult, emit, finish, flip, peel, plan_of, rewrite_nodes, value
+from sparsefx.rewriting import (
+    PassResult,
+    arguments,
+    emit,
+    finish,
+    flip,
+    peel,
+    rewrite_nodes,
+    value,
+)
 
 Key = tuple[Node, int, int, int, bool]
 
@@ -43,7 +53,7 @@ def _mask_key(node: Node) -> Key | None:
     if node.target is ops.nm_mm:
         root, flipped = peel(node.args[1])  # type: ignore[arg-type]
         n, m, dim, transposable = arguments(node)[3:]
-        return root, n, m, 1 - dim if flipped else dim, transposable  # type: ignore[operator,return-value]
+        return root, n, m, 1 - dim if flipped else dim, transposable
     if node.target in (ops.nm_conv, ops.nm_conv_grad_input):
         return node.args[1], *node.args[-4:]  # type: ignore[return-value]
     return None
@@ -62,7 +72,7 @@ def _separate_mm(uses: Counter[Key], node: Node) -> Node | None:
         return None
     x, w, bias, *_ = arguments(node)
     mask = emit(node, ops.nm_mask, *key)
-    mask = flip(node, mask) if peel(w)[1] else mask  # type: ignore[arg-type]
+    mask = flip(node, mask) if peel(w)[1] else mask
     return emit(node, ops.masked_mm, x, w, mask, bias)
 
 
@@ -89,7 +99,7 @@ def _merge(gm: GraphModule) -> bool:
         if node.target is not ops.nm_mask:
             continue
         key = _mask_key(node)
-        assert key is not None and plan_of(node) is None
+        assert key is not None
         if key in first:
             node.replace_all_uses_with(first[key])
             gm.graph.erase_node(node)

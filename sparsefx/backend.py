@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from sparsefx import compat, pipeline
 from sparsefx.capture import Compilation, name_inputs, remember
 from sparsefx.config import SparseConfig, as_config
-from sparsefx.errors import ConfigError
+from sparsefx.errors import ConfigError, SparsefxError
 
 _OPTIONS = ("config", "inductor")
 
@@ -42,20 +42,21 @@ def sparsefx(
         ConfigError: naming the key, the value and what is allowed.
         PassError: under ``strict=True``.
     """
-    config, patches = read_options(mode, options)
-    record = remember(gm, example_inputs, config)
-    wrapper = compat.compile_wrapper()
-    if wrapper is not None:
-        wrapper.__dict__.setdefault("_sparsefx", []).append(record)
+    with compat.shown_to_the_user(SparsefxError):
+        config, patches = read_options(mode, options)
+        record = remember(gm, example_inputs, config)
+        wrapper = compat.compile_wrapper()
+        if wrapper is not None:
+            wrapper.__dict__.setdefault("_sparsefx", []).append(record)
 
-    def rewrite(joint: GraphModule) -> None:
-        name_inputs(joint, record.inputs)
-        record.outcome = pipeline.run(joint, config)
+        def rewrite(joint: GraphModule) -> None:
+            name_inputs(joint, record.inputs)
+            record.outcome = pipeline.run(joint, config)
 
-    if config.codegen == "aot_eager":
-        return compat.compile_eagerly(gm, example_inputs, rewrite)
-    identity = functools.partial(cache_identity, record, patches)
-    return compat.compile_with_inductor(gm, example_inputs, rewrite, identity, patches)
+        if config.codegen == "aot_eager":
+            return compat.compile_eagerly(gm, example_inputs, rewrite)
+        identity = functools.partial(cache_identity, record, patches)
+        return compat.compile_with_inductor(gm, example_inputs, rewrite, identity, patches)
 
 
 def read_options(
@@ -118,7 +119,7 @@ def _config_identity(config: SparseConfig) -> Any:
     """Plain data, with the sources of functions; None where a function has no source."""
     functions = [*config.passes]
     rules = config.effective_rules()
-    functions += [r.match for r in rules if not isinstance(r.match, str | type)]  # type: ignore[misc]
+    functions += [r.match for r in rules if not isinstance(r.match, str | type)]
     sources = []
     for function in functions:
         if getattr(function, "__closure__", None):

@@ -86,7 +86,6 @@ def name_inputs(joint: GraphModule, inputs: Sequence[Input]) -> None:
             node.meta[INPUT] = inputs[position]
 
 
-
 def record_graphs(
     model: Any, config: SparseConfig, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> list[Compilation]:
@@ -109,7 +108,8 @@ def record_graphs(
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), compat.many_recompiles():
         try:
-            torch.compile(model, backend=keep)(*args, **kwargs)
+            compiled: Any = torch.compile(model, backend=keep)
+            compiled(*args, **kwargs)
         finally:
             with torch.no_grad():
                 for name, buffer in buffers.items():

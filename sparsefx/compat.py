@@ -1,4 +1,4 @@
-"""Every private torch import, in one room: what to look at when torch moves (2.11 to 2.13 tried)."""
+"""Every private torch import, in one room: what to look at when torch moves."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ __all__ = [
     "has_kernel",
     "input_source",
     "retrace",
+    "shown_to_the_user",
     "trace_reference",
 ]
 
@@ -39,14 +40,14 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the decompositions that Inductor traces with: what a joint graph may contain."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return select_decomp_table()  # type: ignore[no-any-return]
+    return select_decomp_table()
 
 
 def trace_reference(function: Callable[..., Any], args: Sequence[Any]) -> GraphModule:
     """Trace ``function`` on fake tensors to a graph of post-decomposition ATen operators."""
     table = decompositions()
     with torch.no_grad():
-        return make_fx(function, decomposition_table=table, tracing_mode="fake")(*args)  # type: ignore[no-any-return]
+        return make_fx(function, decomposition_table=table, tracing_mode="fake")(*args)
 
 
 def input_source(placeholder: Node) -> str:
@@ -85,9 +86,10 @@ def compile_with_inductor(
 
     before = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     mine = _joint_pass(rewrite, identity, before)
-    return compile_fx(  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(
         gm, list(inputs), config_patches={**patches, "joint_custom_pre_pass": mine}
     )
+    return compiled  # type: ignore[no-any-return]
 
 
 def _joint_pass(rewrite: Rewrite, identity: Callable[[], str | None], before: Any) -> Any:
@@ -143,7 +145,7 @@ def compile_eagerly(
         observe: told ("forward" | "backward" | "inference", graph, number of results).
     """
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     results = 0
@@ -160,11 +162,11 @@ def compile_eagerly(
                 rewrite(graph)
             if observe is not None:
                 observe(kind, graph, results)
-            return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+            return make_boxed_func(graph.forward)
 
         return compiler
 
-    return aot_autograd(  # type: ignore[no-any-return]
+    return aot_autograd(
         fw_compiler=run("forward"),
         bw_compiler=run("backward"),
         inference_compiler=run("inference"),
@@ -179,7 +181,7 @@ def partition(joint: GraphModule, results: int) -> tuple[GraphModule, GraphModul
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder"]
-    return min_cut_rematerialization_partition(  # type: ignore[no-any-return]
+    return min_cut_rematerialization_partition(
         joint, inputs, num_fwd_outputs=results, static_lifetime_input_indices=[]
     )
 
@@ -194,6 +196,34 @@ def retrace(gm: GraphModule) -> Iterator[list[Any]]:
         return
     with tracing(TracingContext(modes[0])), modes[0]:
         yield inputs
+
+
+# --- errors
+
+
+@contextmanager
+def shown_to_the_user(kind: type[Exception]) -> Iterator[None]:
+    """Let errors of a backend leave Dynamo as they are, instead of as BackendCompilerFailed.
+
+    Args:
+        kind: class of the errors that are meant for the user.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    class Carrier(ShortenTraceback):
+        """Dynamo passes these on, and asks them what to raise in the end."""
+
+        def __init__(self, error: Exception) -> None:
+            super().__init__(str(error), first_useful_frame=None)
+            self.error = error
+
+        def remove_dynamo_frames(self) -> Any:
+            return self.error
+
+    try:
+        yield
+    except kind as error:
+        raise Carrier(error) from error
 
 
 # --- who is being compiled

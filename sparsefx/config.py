@@ -52,6 +52,7 @@ class Dense:
     """The full product of the unmodified operands: a pattern like any other."""
 
     def __str__(self) -> str:
+        """Return the short form that reports show."""
         return "dense"
 
 
@@ -99,6 +100,7 @@ class NM:
         object.__setattr__(self, "decay", float(self.decay))
 
     def __str__(self) -> str:
+        """Return the short form that reports show."""
         return f"{self.n}:{self.m}" + (" transposable" if self.transposable else "")
 
 
@@ -144,6 +146,7 @@ class Sampled:
         return min(depth, max(self.min_k, int(self.ratio * depth)))
 
     def __str__(self) -> str:
+        """Return the short form that reports show."""
         return f"sampled {self.ratio:g}" + (" by weight" if self.scores == "weight" else "")
 
 
@@ -460,6 +463,5 @@ def as_config(value: object) -> SparseConfig:
     if isinstance(value, Mapping):
         return SparseConfig.from_dict(value)
     raise ConfigError(
-        f"config={value!r} must be a SparseConfig, a preset's name "
-        f"({', '.join(PRESETS)}) or a dict"
+        f"config={value!r} must be a SparseConfig, a preset's name ({', '.join(PRESETS)}) or a dict"
     )

@@ -6,7 +6,7 @@ class SparsefxError(Exception):
 
 
 class ConfigError(SparsefxError, ValueError):
-    """A configuration that makes no sense: the message names the key, the value, what is allowed."""
+    """A configuration that makes no sense: the message names key, value and what is allowed."""
 
 
 class MaskError(SparsefxError, ValueError):

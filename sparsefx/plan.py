@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sparsefx.config import Dense, Pattern
@@ -73,7 +73,7 @@ class Decision:
     pattern: Pattern
     reason: str = ""
     derived: bool = False
-    forward: Pattern = Dense()
+    forward: Pattern = field(default_factory=Dense)
 
     @property
     def dense(self) -> bool:

@@ -109,9 +109,7 @@ def traced(
         found = plan_of(node)
         if found is not None:
             weight = found.site.weight or ("right" if found.site.kind != "bmm" else None)
-            site = replace(
-                found.site, role=role, weight=weight, has_backward=True, is_output=False
-            )
+            site = replace(found.site, role=role, weight=weight, has_backward=True, is_output=False)
             forward = plan if derived else Dense()
             node.meta[PLAN] = Plan(site, Decision(plan, derived=derived, forward=forward))
     return gm
@@ -134,9 +132,7 @@ def capture(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
     return found[0]
 
 
-def captures(
-    model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any
-) -> list[GraphModule]:
+def captures(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> list[GraphModule]:
     """Capture every graph of a model; nothing is compiled, the model runs once in eager mode."""
     return [joint_graph(record) for record in record_graphs(model, SparseConfig(), args, kwargs)]
 

@@ -18,7 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "compat": {"errors"},
-    "masks": {"errors"},
+    "masks": {"errors", "compat"},
     "ops": LEAVES,
     "kernels": LEAVES | {"ops"},
     "plan": {"errors", "config"},
@@ -40,7 +40,7 @@ ABOVE_ALL = {"__init__", "testing"}  # may import every room; no room may import
 
 PRIVATE = re.compile(r"torch(\.\w+)*\._\w+|torch\.fx\.experimental\b")
 # Underscored, yet contracts: _check and its kin are documented, operators are called by schema.
-PRIVATE_BUT_STABLE = ("torch._check", "torch.ops.")
+PRIVATE_BUT_STABLE = ("torch._check", "torch.ops.", "torch.__version__")
 
 # /name/ where a path can begin: after a quote, a space, an equals sign or a bracket.
 MACHINE_PATH = re.compile(

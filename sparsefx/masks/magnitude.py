@@ -7,8 +7,8 @@ magnitude there is: it is kept and shows itself.
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from sparsefx.compat import get_proxy_mode
 from sparsefx.errors import MaskError
 from sparsefx.masks.checks import check_dim, check_pattern, check_weight
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from sparsefx import compat
 
 NAMESPACE = "sparsefx"
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 REFERENCES: dict[Any, Callable[..., Any]] = {}
 
 
@@ -35,8 +35,8 @@ def define(
             it; None is 0.
     """
     name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _library.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     packet = getattr(getattr(torch.ops, NAMESPACE), name)
     register_flop_formula(packet)(flops if flops is not None else _no_flops)

@@ -144,7 +144,7 @@ def _conv_flops(x: Ints, w: Ints, *_: Any, out_shape: Any = (), **__: Any) -> in
 
 
 def _nm_conv_flops(x: Ints, w: Ints, *rest: Any, out_shape: Any = (), **__: Any) -> int:
-    return dense.conv_flops(out_shape, w) * rest[-4] // rest[-3]
+    return int(dense.conv_flops(out_shape, w) * rest[-4] // rest[-3])
 
 
 def _grad_input_flops(grad: Ints, w: Ints, *_: Any, **__: Any) -> int:
@@ -152,7 +152,7 @@ def _grad_input_flops(grad: Ints, w: Ints, *_: Any, **__: Any) -> int:
 
 
 def _nm_grad_input_flops(grad: Ints, w: Ints, *rest: Any, **__: Any) -> int:
-    return dense.conv_flops(grad, w) * rest[-4] // rest[-3]
+    return int(dense.conv_flops(grad, w) * rest[-4] // rest[-3])
 
 
 masked_conv = define(

@@ -269,7 +269,7 @@ sampled_bmm_grad_weight = define(
     _bmm_grad_weight_flops,
 )
 
-# --- convolutions (each reference also serves as its fake): channels of every group are sampled alike in number
+# --- convolutions: every group samples equally many channels; the reference is its own fake
 
 
 def _channels(indices: Tensor, per_group: int) -> Tensor:
@@ -290,7 +290,7 @@ gather_channels = define(
 
 def _weight_inputs(w: Tensor, indices: Tensor) -> Tensor:
     """w[o, S[group of o]]: [groups * out, in, *taps] -> [groups * out, k, *taps]."""
-    groups, k = indices.shape
+    groups = indices.shape[0]
     if groups == 1:
         return w.index_select(1, indices[0])
     each = indices.repeat_interleave(w.shape[0] // groups, 0)  # [groups * out, k]
@@ -298,14 +298,15 @@ def _weight_inputs(w: Tensor, indices: Tensor) -> Tensor:
     return w.gather(1, each)
 
 
-def _sampled_conv(x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None, *where: Any) -> Tensor:
+def _sampled_conv(
+    x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None, *where: Any
+) -> Tensor:
     stride, padding, dilation, groups = where
     out: Tensor = aten.convolution(
         input_channels(x, indices), _weight_inputs(w, indices), bias,
         stride, padding, dilation, False, [0] * len(stride), groups,
     )  # fmt: skip
     return out
-
 
 
 def _sampled_conv_grad_input(
@@ -315,7 +316,6 @@ def _sampled_conv_grad_input(
     size = [input_size[0], groups * k, *input_size[2:]]
     values = dense._grad_input(grad, _weight_inputs(w, indices), size, *where)
     return spread(values, _channels(indices, w.shape[1]), input_size[1], 1)
-
 
 
 def _sampled_conv_grad_weight(
@@ -329,7 +329,6 @@ def _sampled_conv_grad_weight(
     each = indices.repeat_interleave(out // groups, 0)
     each = each.view(out, k, *[1] * len(taps)).expand(-1, -1, *taps)
     return values.new_zeros(list(weight_size)).scatter(1, each, values)
-
 
 
 def _sampled_conv_input(
@@ -347,7 +346,6 @@ def _sampled_conv_weight(
     examples = indices[0]
     gs, xs = grad.index_select(0, examples), x.index_select(0, examples)
     return dense._grad_weight(gs, xs, weight_size, *where)
-
 
 
 def _conv_flops(x: Ints, w: Ints, indices: Ints, *_: Any, out_shape: Any = (), **__: Any) -> int:

@@ -1,2 +1,3 @@
 from sparsefx.report.explain import explain
+
 __all__ = ["explain"]
