@@ -282,6 +282,11 @@ def many_recompiles() -> Iterator[None]:
         yield
 
 
+def size_hint(size: Any) -> int:
+    """Return a size, or the example's where it is symbolic; ``int()`` would add a guard."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
 def known_backends() -> list[str]:
     """Return the names of all torch.compile backends, entry points included."""
     from torch._dynamo.backends.registry import list_backends

@@ -1,13 +1,12 @@
 """What a product costs: floating-point operations and bytes, and whether sparse is worth it.
 
-Sizes may be symbolic (``torch.SymInt``): every figure is then an expression of them.
+Where a size is symbolic, the figure is that of the example that was compiled.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
-
+from sparsefx import compat
 from sparsefx.config import NM, Pattern, Sampled
 from sparsefx.plan import Decision, Site
 from sparsefx.policy import sampled_depth
@@ -15,31 +14,20 @@ from sparsefx.policy import sampled_depth
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def dense_flops(site: Site) -> Any:
+def dense_flops(site: Site) -> int:
     """2 * M * N * K, for each product of a batch."""
-    m, n, k = site.shape
-    return 2 * site.batch * m * n * k
+    return 2 * math.prod(map(compat.size_hint, (site.batch, *site.shape)))
 
 
-def sparse_flops(site: Site, pattern: Pattern) -> Any:
+def sparse_flops(site: Site, pattern: Pattern) -> int:
     """Operations that the pattern leaves: what arithmetic on kept values alone would cost."""
     full = dense_flops(site)
     if isinstance(pattern, NM):
         return full * pattern.n // pattern.m
     if isinstance(pattern, Sampled):
-        depth = sampled_depth(site)
-        return full * kept(pattern, depth) // depth if not _is_zero(depth) else full
+        depth = compat.size_hint(sampled_depth(site))
+        return full * pattern.k(depth) // depth if depth else full
     return full
-
-
-def kept(pattern: Pattern, depth: Any) -> Any:
-    """Pairs that are used of ``depth``: an int, or an expression of a symbolic size."""
-    assert isinstance(pattern, Sampled)
-    return pattern.k(depth if isinstance(depth, int) else int(depth))
-
-
-def _is_zero(depth: Any) -> bool:
-    return isinstance(depth, int) and depth == 0
 
 
 def packed_weight_bytes(site: Site, pattern: Pattern) -> int:
@@ -68,9 +56,10 @@ def unprofitable(site: Site, decision: Decision) -> str:
         return f"not profitable: N:M runs as a masked dense product on {site.device}"
     if not isinstance(decision.pattern, Sampled):
         return ""
-    m, n, k = (int(size) for size in site.shape)
-    saved = float(dense_flops(site)) - float(sparse_flops(site, decision.pattern))
-    moved = 3.0 * _BYTES.get(site.dtype, 4) * int(site.batch) * (m * k + k * n)
+    m, n, k = map(compat.size_hint, site.shape)
+    saved = dense_flops(site) - sparse_flops(site, decision.pattern)
+    elements = compat.size_hint(site.batch) * (m * k + k * n)
+    moved = 3 * _BYTES.get(site.dtype, 4) * elements
     flops_per_byte = {"cpu": 8.0, "cuda": 180.0}.get(site.device, 8.0)
     if saved < moved * flops_per_byte:
         return (

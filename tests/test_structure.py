@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels": LEAVES | {"ops"},
     "plan": {"errors", "config"},
     "policy": {"errors", "config", "plan"},
-    "cost": {"errors", "config", "plan", "policy"},
+    "cost": {"errors", "compat", "config", "plan", "policy"},
     "rewriting": LEAVES | {"plan", "ops"},
     "naming": LEAVES | {"plan", "rewriting"},
     "verify": LEAVES | {"ops", "plan", "rewriting"},
