@@ -6,6 +6,7 @@ Where a size is symbolic, the figure is that of the example that was compiled.
 from __future__ import annotations
 
 import math
+
 from sparsefx import compat
 from sparsefx.config import NM, Pattern, Sampled
 from sparsefx.plan import Decision, Site
