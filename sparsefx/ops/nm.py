@@ -46,7 +46,7 @@ def _nm_mask(w: Tensor, n: int, m: int, dim: int, transposable: bool) -> Tensor:
     return masks.nm_mask(w, n, m, dim).contiguous()
 
 
-def _fake_mask(w: Tensor, n: int, m: int, dim: int, transposable: bool) -> Tensor:
+def _fake_mask(w: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(w, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
@@ -102,31 +102,19 @@ def _masked_conv(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, *where
     return _conv(x, keep(w, mask), bias, *where)
 
 
-def _fake_masked_conv(
-    x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, *where: Any
-) -> Tensor:
-    return _conv(x, w, bias, *where)
-
-
 def _nm_conv(x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     *where, n, m, dim, transposable = rest
     return _masked_conv(x, w, _nm_mask(w, n, m, dim, transposable), bias, *where)
 
 
 def _fake_nm_conv(x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    return _conv(x, w, bias, *rest[:4])
+    return _masked_conv(x, w, _fake_mask(w), bias, *rest[:4])  # the layout follows the mask's, too
 
 
 def _masked_conv_grad_input(
     grad: Tensor, w: Tensor, mask: Tensor, input_size: Ints, *where: Any
 ) -> Tensor:
     return dense._grad_input(grad, keep(w, mask), input_size, *where)
-
-
-def _fake_masked_conv_grad_input(
-    grad: Tensor, w: Tensor, mask: Tensor, input_size: Ints, *where: Any
-) -> Tensor:
-    return dense._grad_input(grad, w, input_size, *where)
 
 
 def _nm_conv_grad_input(grad: Tensor, w: Tensor, input_size: Ints, *rest: Any) -> Tensor:
@@ -136,7 +124,7 @@ def _nm_conv_grad_input(grad: Tensor, w: Tensor, input_size: Ints, *rest: Any) -
 
 
 def _fake_nm_conv_grad_input(grad: Tensor, w: Tensor, input_size: Ints, *rest: Any) -> Tensor:
-    return dense._grad_input(grad, w, input_size, *rest[:4])
+    return _masked_conv_grad_input(grad, w, _fake_mask(w), input_size, *rest[:4])
 
 
 def _conv_flops(x: Ints, w: Ints, *_: Any, out_shape: Any = (), **__: Any) -> int:
@@ -158,7 +146,7 @@ def _nm_grad_input_flops(grad: Ints, w: Ints, *rest: Any, **__: Any) -> int:
 masked_conv = define(
     f"masked_conv(Tensor x, Tensor w, Tensor mask, Tensor? bias, {dense.GEOMETRY}) -> Tensor",
     _masked_conv,
-    _fake_masked_conv,
+    _masked_conv,
     _conv_flops,
 )
 nm_conv = define(
@@ -171,7 +159,7 @@ masked_conv_grad_input = define(
     "masked_conv_grad_input(Tensor grad, Tensor w, Tensor mask, SymInt[] input_size, "
     f"{dense.GEOMETRY}) -> Tensor",
     _masked_conv_grad_input,
-    _fake_masked_conv_grad_input,
+    _masked_conv_grad_input,
     _grad_input_flops,
 )
 nm_conv_grad_input = define(

@@ -1,0 +1,198 @@
+"""What every op owes the compiler: a true schema, a true fake, a name for its FLOPs, a gradient.
+
+One list of calls covers every op over odd and empty shapes, layouts and dtypes.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsefx import ops
+from sparsefx.compat import OpOverload
+
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
+LAYOUTS = ["contiguous", "strided", "channels_last"]
+PATTERN = (2, 4, 1, False)
+
+# x, w, (stride, padding, dilation, groups)
+CONVOLUTIONS = {
+    "1d": ((2, 8, 9), (6, 8, 3), ([2], [1], [1], 1)),
+    "2d": ((3, 8, 7, 6), (12, 8, 3, 2), ([1, 2], [1, 0], [2, 1], 1)),
+    "3d": ((1, 4, 5, 4, 3), (4, 4, 2, 3, 1), ([1, 1, 2], [0, 1, 0], [1, 1, 1], 1)),
+    "groups": ((3, 8, 7, 6), (8, 4, 3, 3), ([2, 2], [1, 1], [1, 1], 2)),
+    "taps1": ((2, 8, 5, 3), (4, 8, 1, 1), ([1, 1], [0, 0], [1, 1], 1)),
+    "batch0": ((0, 8, 7, 6), (8, 8, 3, 3), ([1, 1], [1, 1], [1, 1], 1)),
+}
+
+
+def laid_out(shape, dtype, layout):
+    """A tensor of random values whose memory is in order, transposed or channels-last."""
+    full = torch.randn(shape).to(dtype)
+    if layout == "channels_last" and len(shape) in (4, 5):
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return full.to(memory_format=formats[len(shape)])
+    if layout != "contiguous" and len(shape) > 1:
+        return full.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return full
+
+
+def picked(rows, size, k):
+    """Ascending, unique indices: int64 [rows, k]."""
+    drawn = [torch.randperm(size)[:k].sort().values for _ in range(rows)]
+    return torch.stack(drawn).to(torch.int64)
+
+
+def matrix_calls(dtype, layout):
+    """Calls of the ops on matrices: odd sizes, and nothing along each axis in turn."""
+    for m, k, n in [(5, 8, 7), (1, 4, 1), (0, 8, 7), (5, 0, 7), (5, 8, 0)]:
+        name = f"{m}x{k}x{n}"
+        x, w = (laid_out(shape, dtype, layout) for shape in ((m, k), (k, n)))
+        grad, bias = laid_out((m, n), dtype, layout), torch.randn(n).to(dtype)
+        mask = torch.rand(k, n) < 0.5
+        few = min(3, k)
+        indices = picked(1, k, few)[0]
+        square = laid_out((k, 12), dtype, layout)
+        for b in (None, bias):
+            yield name, ops.nm_mm, (x, w, b, 2, 4, 0, False)
+            yield name, ops.masked_mm, (x, w, mask, b)
+            yield name, ops.sampled_mm, (x, w, indices, b)
+        yield name, ops.nm_mm, (x, square, None, 1, 3, 1, False)
+        yield name, ops.nm_mm, (x, square, None, 2, 4, 0, True)
+        yield name, ops.nm_mask, (w, 2, 4, 0, False)
+        yield name, ops.nm_mask, (square, 2, 4, 0, True)
+        yield name, ops.sampled_mm_grad_input, (grad, w, indices)
+        for turned in (False, True):
+            call = (x[:, :few], grad, indices, k, turned)
+            yield name, ops.sampled_mm_grad_weight, call
+        yield name, ops.gather_columns, (x, indices)
+        for scores in ("product", "left", "right"):
+            yield name, ops.topk_mm_indices, (x, w, few, scores)
+        yield name, ops.topk_mm_indices, (x, w, 0, "product")
+
+
+def batched_calls(dtype, layout):
+    for b, m, k, n in [(3, 5, 8, 7), (0, 5, 8, 7), (2, 1, 1, 1), (2, 3, 0, 4)]:
+        name = f"{b}x{m}x{k}x{n}"
+        shapes = (b, m, k), (b, k, n), (b, m, n)
+        x, w, grad = (laid_out(shape, dtype, layout) for shape in shapes)
+        few = min(3, k)
+        indices = picked(b, k, few) if b else torch.zeros(0, few, dtype=torch.int64)
+        yield name, ops.sampled_bmm, (x, w, indices)
+        yield name, ops.sampled_bmm_grad_input, (grad, w, indices)
+        yield name, ops.sampled_bmm_grad_weight, (x[:, :, :few], grad, indices, k)
+        yield name, ops.gather_columns, (x, indices)
+        yield name, ops.topk_mm_indices, (x, w, few, "product")
+
+
+def convolution_calls(dtype, layout):
+    for name, (x_shape, w_shape, where) in CONVOLUTIONS.items():
+        x, w = laid_out(x_shape, dtype, layout), laid_out(w_shape, dtype, layout)
+        bias, mask, groups = torch.randn(w_shape[0]).to(dtype), torch.rand(w_shape) < 0.5, where[3]
+        y = torch.ops.aten.convolution(x, w, None, *where[:3], False, [0] * len(where[0]), groups)
+        grad = laid_out(y.shape, dtype, layout)
+        inner, outer = picked(groups, w_shape[1], 3), picked(groups, w_shape[0] // groups, 2)
+        examples = picked(1, x_shape[0], min(2, x_shape[0]))
+        channels = ops.gather_channels(x, inner)
+        for b in (None, bias):
+            yield name, ops.nm_conv, (x, w, b, *where, *PATTERN)
+            yield name, ops.masked_conv, (x, w, mask, b, *where)
+            yield name, ops.sampled_conv, (x, w, inner, b, *where)
+        if w_shape[0] % 4 == 0:
+            yield name, ops.nm_conv, (x, w, None, *where, 2, 4, 1, True)
+            yield name, ops.nm_conv_grad_input, (grad, w, x_shape, *where, 1, 4, 0, False)
+        yield name, ops.nm_mask, (w, 2, 4, 1, False)
+        yield name, ops.nm_conv_grad_input, (grad, w, x_shape, *where, *PATTERN)
+        yield name, ops.masked_conv_grad_input, (grad, w, mask, x_shape, *where)
+        yield name, ops.conv_grad_input, (grad, w, x_shape, *where)
+        yield name, ops.conv_grad_weight, (grad, x, w_shape, *where)
+        yield name, ops.gather_channels, (x, inner)
+        yield name, ops.sampled_conv_grad_input, (grad, w, inner, x_shape, *where)
+        yield name, ops.sampled_conv_grad_weight, (channels, grad, inner, w_shape, *where)
+        yield name, ops.sampled_conv_input, (grad, w, outer, x_shape, *where)
+        yield name, ops.sampled_conv_weight, (grad, x, examples, w_shape, *where)
+        yield name, ops.topk_conv_indices, (x, w, 3, "in", groups, "product")
+        yield name, ops.topk_conv_indices, (grad, w, 2, "out", groups, "right")
+        yield name, ops.topk_conv_indices, (x, grad, min(2, x_shape[0]), "batch", 1, "left")
+
+
+def calls(dtype=torch.float32, layout="contiguous"):
+    torch.manual_seed(0)
+    kinds = matrix_calls, batched_calls, convolution_calls
+    return list(itertools.chain.from_iterable(kind(dtype, layout) for kind in kinds))
+
+
+def differentiable(op, args):
+    """The same call, its tensors asking for gradients where the op has one."""
+    if op not in GRADIENTS:
+        return args
+    return tuple(
+        arg.detach().requires_grad_()
+        if isinstance(arg, torch.Tensor) and arg.is_floating_point()
+        else arg
+        for arg in args
+    )
+
+
+GRADIENTS = {
+    ops.nm_mm, ops.masked_mm, ops.nm_conv, ops.masked_conv,
+    ops.sampled_mm, ops.sampled_bmm, ops.sampled_conv,
+}  # fmt: skip
+
+
+def test_every_op_is_called_below():
+    assert {op for _, op, _ in calls()} == set(ops.REFERENCES)
+
+
+def test_every_exported_op_is_one_of_them():
+    exported = [getattr(ops, name) for name in ops.__all__]
+    assert {found for found in exported if isinstance(found, OpOverload)} == set(ops.REFERENCES)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_schema_fake_and_gradient_are_true(dtype, layout):
+    for name, op, args in calls(dtype, layout):
+        args = differentiable(op, args)
+        found = torch.library.opcheck(op, args, test_utils=QUICK, raise_exception=False)
+        assert all(verdict == "SUCCESS" for verdict in found.values()), (op.name(), name, found)
+
+
+def described(x):
+    """Shape, dtype and strides, but for axes along which nothing is ever stepped."""
+    steps = [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
+    return tuple(x.shape), x.dtype, steps if x.numel() else []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_has_the_real_shape_dtype_and_strides(dtype, layout):
+    for name, op, args in calls(dtype, layout):
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+        assert described(fake) == described(op(*args)), (op.name(), name)
+
+
+@pytest.mark.parametrize("op", ops.REFERENCES, ids=lambda op: op.name().split("::")[1])
+def test_it_traces_with_symbolic_sizes(op):
+    name, args = next((n, args) for n, other, args in calls() if other is op)
+    torch.library.opcheck(op, differentiable(op, args), test_utils="test_aot_dispatch_dynamic")
+
+
+def test_every_op_has_a_flop_formula():
+    for name, op, args in calls():
+        with FlopCounterMode(display=False) as counter:
+            op(*args)
+        counted = counter.get_flop_counts()["Global"]
+        assert op.overloadpacket in counted, (op.name(), name)
+
+
+def test_no_op_changes_what_it_is_given():
+    for name, op, args in calls():
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        op(*args)
+        for old, new in zip(before, args, strict=True):
+            same = torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
+            assert same, (op.name(), name)
