@@ -38,6 +38,7 @@ def has_kernel(op: str, key: str) -> bool:
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the decompositions that Inductor traces with: what a joint graph may contain."""
+    import torch._inductor.lowering  # max_pool2d's decomposition takes it as already imported
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
@@ -257,6 +258,32 @@ def wrapper_of(compiled: Any) -> Any:
         if isinstance(found, torch._TorchCompileWrapper):
             return found
     return None
+
+
+def is_compiled(thing: Any) -> bool:
+    """Whether ``torch.compile`` or ``module.compile()`` made this, for whichever backend."""
+    return (
+        isinstance(thing, torch._dynamo.OptimizedModule)
+        or hasattr(thing, "_torchdynamo_orig_callable")
+        or getattr(thing, "_compiled_call_impl", None) is not None
+    )
+
+
+@contextmanager
+def as_written(thing: Any) -> Iterator[Any]:
+    """Yield the module or function that was compiled, so that it can be captured anew."""
+    if isinstance(thing, torch._dynamo.OptimizedModule):
+        thing = thing._orig_mod
+    thing = getattr(thing, "_torchdynamo_orig_callable", thing)
+    compiled = getattr(thing, "_compiled_call_impl", None)
+    if compiled is None:
+        yield thing
+        return
+    thing._compiled_call_impl = None
+    try:
+        yield thing
+    finally:
+        thing._compiled_call_impl = compiled
 
 
 def trace_function(function: Callable[..., Any], args: Sequence[Any]) -> GraphModule:

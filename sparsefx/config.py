@@ -211,21 +211,15 @@ class Rule:
         if isinstance(self.match, str):
             return fnmatch.fnmatchcase(site.layer, self.match)
         if isinstance(self.match, type):
-            return any(_is_type(name, self.match) for name in site.module_types)
+            return any(_is_type(found, self.match) for found in site.module_types)
         return bool(self.match(site))
 
 
-def _type_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _is_type(name: str, wanted: type) -> bool:
-    """Whether the class called ``name`` is ``wanted`` or derives from it."""
-    if name == _type_name(wanted):
-        return True
-    module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute, None) if module else None
-    return isinstance(found, type) and issubclass(found, wanted)
+def _is_type(found: type | str, wanted: type) -> bool:
+    """Whether a class of the module stack is ``wanted`` or derives from it."""
+    if isinstance(found, type):
+        return issubclass(found, wanted)
+    return found == f"{wanted.__module__}.{wanted.__qualname__}"
 
 
 GraphPass = Callable[..., Any]

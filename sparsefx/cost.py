@@ -20,13 +20,19 @@ def dense_flops(site: Site) -> int:
     return 2 * math.prod(map(compat.size_hint, (site.batch, *site.shape)))
 
 
-def sparse_flops(site: Site, pattern: Pattern) -> int:
-    """Operations that the pattern leaves: what arithmetic on kept values alone would cost."""
+def sparse_flops(site: Site, pattern: Pattern, sampled: Site | None = None) -> int:
+    """Operations that the pattern leaves: what arithmetic on kept values alone would cost.
+
+    Args:
+        site: the product.
+        pattern: what it becomes.
+        sampled: the layer's forward, where the product is derived from it and uses its sample.
+    """
     full = dense_flops(site)
     if isinstance(pattern, NM):
         return full * pattern.n // pattern.m
     if isinstance(pattern, Sampled):
-        depth = compat.size_hint(sampled_depth(site))
+        depth = compat.size_hint(sampled_depth(sampled or site))
         return full * pattern.k(depth) // depth if depth else full
     return full
 

@@ -49,12 +49,9 @@ def _stack(node: Node) -> list[tuple[str, Any]]:
     return [(str(path), cls) for path, cls, *_ in stack.values()]
 
 
-def module_types(node: Node) -> tuple[str, ...]:
-    """Return the classes on the module stack, innermost first, as qualified names."""
-    return tuple(
-        cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-        for _, cls in reversed(_stack(node))
-    )
+def module_types(node: Node) -> tuple[type | str, ...]:
+    """Return the classes on the module stack, innermost first; names where only these are known."""
+    return tuple(cls for _, cls in reversed(_stack(node)))
 
 
 def weight_of(operand: Node) -> str | None:

@@ -26,7 +26,8 @@ class Site:
         dtype: of the operands.
         device: type of the device, "cpu" or "cuda".
         group: number shared by the products of one layer call.
-        module_types: qualified names of the classes on the module stack, innermost first.
+        module_types: classes on the module stack, innermost first (names where only these are
+            known).
         source: file and line of the user's code, where known.
         weight: which operand is a weight: "right", "left", or None if both are activations.
         weight_name: qualified name of the weight's parameter, where it is one.
@@ -46,7 +47,7 @@ class Site:
     dtype: str
     device: str
     group: int
-    module_types: tuple[str, ...] = ()
+    module_types: tuple[type | str, ...] = ()
     source: str = ""
     weight: str | None = None
     weight_name: str | None = None
