@@ -314,6 +314,11 @@ def size_hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
+def has_size(size: Any) -> bool:
+    """Whether a size is a number or has an example's; a size that depends on data has neither."""
+    return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
+
+
 def known_backends() -> list[str]:
     """Return the names of all torch.compile backends, entry points included."""
     from torch._dynamo.backends.registry import list_backends
