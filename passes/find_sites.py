@@ -143,7 +143,7 @@ def _forward_site(node: Node, group: int, graph: _Graph) -> Site:
     left, right = _tensors(node)
     kind = _KINDS[node.target]  # type: ignore[index]  # membership was checked
     sides = [side for side in (left, right) if side not in graph.activations]
-    weight = None
+    weight = "both" if len(sides) == 2 else None
     if len(sides) == 1 and kind != "bmm":
         weight = "right" if sides[0] is right else "left"
     found = naming.weight_of(sides[0]) if len(sides) == 1 else None

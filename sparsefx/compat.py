@@ -331,3 +331,17 @@ def register_backend(name: str, compiler: Callable[..., Any]) -> None:
     from torch._dynamo.backends.registry import register_backend as register
 
     register(compiler, name)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return what nested containers hold, in the order in which torch.export flattens them."""
+    from torch.utils._pytree import tree_leaves
+
+    return list(tree_leaves(tree))
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply ``function`` to all that nested containers hold."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(function, tree)

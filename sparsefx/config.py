@@ -164,7 +164,8 @@ class Rule:
     """Which layers, and a policy for each of a layer's three products.
 
     Args:
-        match: a glob on the layer's qualified name, a module type, or a predicate on a
+        match: a glob on the layer's qualified name, a module type (the layer's, or that of a
+            module around it), or a predicate on a
             :class:`sparsefx.plan.Site` (its forward product).
         forward: pattern of the forward product.
         grad_input: ``None`` is the derivative of what the forward computed; ``Dense()`` is the

@@ -29,7 +29,8 @@ class Site:
         module_types: classes on the module stack, innermost first (names where only these are
             known).
         source: file and line of the user's code, where known.
-        weight: which operand is a weight: "right", "left", or None if both are activations.
+        weight: which operand is a weight: "right", "left", "both", or None if both are activations
+            (an operand is a weight if it depends on parameters, buffers and constants alone).
         weight_name: qualified name of the weight's parameter, where it is one.
         channels: (in / groups, out / groups, groups, batch) of a convolution.
         batch: how many products of this shape, of a batched product.

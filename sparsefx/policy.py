@@ -106,6 +106,8 @@ def nm_illegal(site: Site, pattern: NM) -> str:
     """Why this product can't have an N:M weight, or ""."""
     if site.kind == "bmm" or site.weight is None:
         return "both operands are activations: N:M needs a weight"
+    if site.weight == "both":
+        return "both operands are weights"
     if site.weight == "left":
         return "the weight is the left operand of the product"
     _, width, depth = site.shape
