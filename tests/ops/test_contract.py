@@ -177,7 +177,7 @@ def test_fake_has_the_real_shape_dtype_and_strides(dtype, layout):
 
 @pytest.mark.parametrize("op", ops.REFERENCES, ids=lambda op: op.name().split("::")[1])
 def test_it_traces_with_symbolic_sizes(op):
-    name, args = next((n, args) for n, other, args in calls() if other is op)
+    args = next(args for _, other, args in calls() if other is op)
     torch.library.opcheck(op, differentiable(op, args), test_utils="test_aot_dispatch_dynamic")
 
 
