@@ -1,0 +1,281 @@
+"""Which elements of which parameters the compiler would multiply by zero.
+
+A product that is planned as N:M reads its weight through views and casts of a parameter. The same
+views of the parameter's element numbers say where each element of the mask belongs, so transposed,
+sliced and stacked weights need no case of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from sparsefx import naming, ops, pipeline
+from sparsefx.capture import record_graphs, trace_again
+from sparsefx.config import NM, Sampled, SparseConfig
+from sparsefx.errors import ExportError
+from sparsefx.plan import Plan
+from sparsefx.rewriting import INPUT, arguments, peel, plan_of
+
+aten = torch.ops.aten
+
+_CASTS: set[Any] = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
+_SELECTIONS = _CASTS | {
+    aten.alias.default, aten.as_strided.default, aten.clone.default,
+    aten.detach.default, aten.expand.default, aten.permute.default, aten.reshape.default,
+    aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.t.default,
+    aten.transpose.int, aten.unbind.int, aten.unsqueeze.default, aten.view.default,
+    aten._unsafe_view.default, operator.getitem,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Use:
+    """One reader of a parameter.
+
+    Attributes:
+        layer: qualified name of the layer.
+        op: the operator that reads it.
+        index: int64, numbers of the elements that it reads, in the layout that it reads them in.
+        mask: bool, the shape of ``index``: which of these act; None where all do.
+        pattern: which zeros these are; None where there are none.
+        dim: axis of ``index`` along which the groups run.
+    """
+
+    layer: str
+    op: str
+    index: Tensor
+    mask: Tensor | None = None
+    pattern: NM | None = None
+    dim: int = 0
+
+    def __str__(self) -> str:
+        """Name the layer, the operator and the pattern, as messages do."""
+        kind = "dense" if self.pattern is None else str(self.pattern)
+        return f"{self.layer or 'the model'} ({self.op}, {kind})"
+
+
+@dataclass
+class Weight:
+    """A parameter (or buffer) and all that reads it."""
+
+    name: str
+    tensor: Tensor
+    uses: list[Use] = field(default_factory=list)
+
+    @property
+    def masked(self) -> list[Use]:
+        """The uses that want zeros."""
+        return [use for use in self.uses if use.mask is not None]
+
+    def kept(self) -> Tensor:
+        """Return the mask of the stored parameter: bool, its shape.
+
+        Raises:
+            ExportError: when two uses disagree about an element.
+        """
+        kept = torch.ones(self.tensor.numel(), dtype=torch.bool, device=self.tensor.device)
+        for use in self.masked:
+            kept[use.index[~use.mask]] = False  # type: ignore[operator]  # masked uses have a mask
+        for use in self.uses:
+            wanted = torch.tensor(True) if use.mask is None else use.mask
+            if not bool((kept[use.index] == wanted.to(kept.device)).all()):
+                self._refuse(use)
+        return kept.view(self.tensor.shape)
+
+    def _refuse(self, use: Use) -> None:
+        other = next(u for u in self.masked if u is not use and not _agree(u, use))
+        raise ExportError(
+            f"parameter {self.name!r} is read by {other} and by {use}: one stored tensor can't "
+            "hold both; give the two layers one pattern, or put a rule with forward=Dense() for "
+            f"{other.layer!r} first"
+        )
+
+
+def _agree(one: Use, two: Use) -> bool:
+    """Whether two uses keep the same of the elements that both read."""
+    size = 1 + max(int(use.index.max()) if use.index.numel() else 0 for use in (one, two))
+    views = []
+    for use in (one, two):
+        view = torch.full((size,), -1, dtype=torch.int8, device=use.index.device)
+        view[use.index] = 1 if use.mask is None else use.mask.to(torch.int8)
+        views.append(view)
+    both = (views[0] >= 0) & (views[1] >= 0)
+    return bool((views[0] == views[1])[both].all())
+
+
+@dataclass
+class Zeros:
+    """What the config makes of a model's inference graphs.
+
+    Attributes:
+        weights: the parameters that get zeros.
+        depth: sum of the reduction lengths of all products: how often a result was rounded.
+    """
+
+    weights: list[Weight] = field(default_factory=list)
+    depth: int = 0
+
+
+def find_zeros(model: nn.Module, args: Sequence[object], config: SparseConfig) -> Zeros:
+    """Trace the inference graphs of ``model`` and find every parameter that gets zeros.
+
+    Args:
+        model: in eval mode; runs once.
+        args: its inputs.
+        config: decides, exactly as when compiling.
+
+    Raises:
+        ExportError: when a product wants what stored zeros can't express.
+        PassError: under ``strict=True``.
+    """
+    tensors = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    weights: dict[int, Weight] = {}
+    zeros = Zeros()
+    with torch.no_grad():
+        for record in record_graphs(model, config, args, {}):
+            found: list[_Decided] = []
+            trace_again(record, lambda graph, found=found: found.append(_decide(graph, config)))  # type: ignore[misc]
+            for decided in found:
+                zeros.depth += decided.depth
+                _collect(decided, tensors, weights)
+    zeros.weights = [weight for weight in weights.values() if weight.masked]
+    return zeros
+
+
+@dataclass
+class _Decided:
+    """A graph after select_sites, before any rewrite, and what each forward product becomes."""
+
+    gm: GraphModule
+    plans: dict[int, Plan]
+
+    @property
+    def depth(self) -> int:
+        sizes = [plan.site.shape[2] for plan in self.plans.values()]
+        return sum(size for size in sizes if isinstance(size, int))
+
+    def plan(self, node: Node) -> Plan | None:
+        known = plan_of(node)
+        if known is None or known.site.role != "forward":
+            return None
+        return self.plans.get(known.site.group)
+
+
+def _decide(graph: GraphModule, config: SparseConfig) -> _Decided:
+    """Run the whole pipeline, so that a layer whose rewrite fails or declines is dense here too."""
+    stages: dict[str, GraphModule] = {}
+    outcome = pipeline.run(graph, config, lambda name, gm, _: stages.__setitem__(name, gm))
+    plans = {p.site.group: p for p in outcome.plans if p.site.role == "forward"}
+    return _Decided(stages.get("select_sites", graph), plans)
+
+
+def _collect(decided: _Decided, tensors: Mapping[str, Tensor], weights: dict[int, Weight]) -> None:
+    for node in decided.gm.graph.nodes:
+        if (plan := decided.plan(node)) is not None and plan.decision is not None:
+            _refuse_other_than_zeros(node, plan)
+    for source in decided.gm.graph.nodes:
+        known = source.meta.get(INPUT) if source.op == "placeholder" else None
+        if known is None or known.kind == "input" or known.name not in tensors:
+            continue
+        tensor = tensors[known.name]
+        weight = weights.setdefault(id(tensor), Weight(known.name, tensor))
+        read = _Reader(source, tensor)
+        weight.uses += [_use(node, user, decided, read) for node, user in _readers(source)]
+
+
+def _refuse_other_than_zeros(node: Node, plan: Plan) -> None:
+    """Say no to what no stored zeros can express."""
+    assert plan.decision is not None
+    pattern, layer = plan.decision.pattern, plan.site.layer
+    if isinstance(pattern, Sampled):
+        raise ExportError(
+            f"{layer!r} is sampled at inference ({pattern}, inference=True), which this export "
+            "can't write; use Sampled(inference=False), whose inference is exact"
+        )
+    if isinstance(pattern, NM) and (reason := _not_stored(_weight_operand(node))):
+        raise ExportError(
+            f"the weight of {layer!r} ({pattern}) {reason}, so there is no tensor to store zeros "
+            "in; bake it into a parameter (parametrize.remove_parametrizations does) or put a "
+            f"rule with forward=Dense() for {layer!r} first"
+        )
+
+
+def _weight_operand(node: Node) -> Node:
+    """The right operand of a product, or the weight of a convolution."""
+    return arguments(node)[2 if node.target is aten.addmm.default else 1]  # type: ignore[no-any-return]
+
+
+def _not_stored(operand: Node) -> str:
+    """Why an operand isn't part of a stored tensor, or ""."""
+    while operand.op == "call_function" and operand.target in _SELECTIONS:
+        operand = arguments(operand)[0]
+    known = operand.meta.get(INPUT)
+    if operand.op != "placeholder" or known is None or known.kind == "input":
+        op = operand.name if operand.op != "call_function" else naming.op_name(operand.target)
+        return f"is computed while the model runs (by {op})"
+    return ""
+
+
+def _readers(source: Node) -> Iterator[tuple[Node, Node]]:
+    """Every (view of ``source``, the node that does something with it)."""
+    for user in source.users:
+        if user.op == "call_function" and user.target in _SELECTIONS:
+            yield from _readers(user)
+        else:
+            yield source, user
+
+
+def _use(node: Node, user: Node, decided: _Decided, read: _Reader) -> Use:
+    plan = decided.plan(user)
+    op = "output" if user.op == "output" else naming.op_name(user.target)
+    pattern = plan.decision.pattern if plan is not None and plan.decision is not None else None
+    if not isinstance(pattern, NM) or _weight_operand(user) is not node:
+        layer = plan.site.layer if plan is not None else naming.layer_of(user, None)
+        return Use(layer, op, read.index(node))
+    assert plan is not None
+    # as rewrite_nm does: groups along K, which a stored matrix holds where the views leave it
+    stored, flipped = (node, False) if plan.site.kind == "conv" else peel(node)
+    dim = 1 if flipped or plan.site.kind == "conv" else 0
+    mask = ops.nm_mask(read.value(stored), pattern.n, pattern.m, dim, pattern.transposable)
+    return Use(plan.site.layer, op, read.index(stored), mask, pattern, dim)
+
+
+class _Reader:
+    """Evaluates views of a parameter: on its values, and on the numbers of its elements."""
+
+    def __init__(self, source: Node, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._source = source
+
+    def value(self, node: Node) -> Tensor:
+        """Return what the product would read, cast as autocast casts it."""
+        return self._run(node, self._tensor, set())
+
+    def index(self, node: Node) -> Tensor:
+        """Return which elements of the parameter these are."""
+        count = math.prod(self._tensor.shape)
+        numbers = torch.arange(count, device=self._tensor.device).view(self._tensor.shape)
+        return self._run(node, numbers, _CASTS)
+
+    def _run(self, node: Node, start: Tensor, skipped: set[Any]) -> Tensor:
+        if node is self._source:
+            return start
+        if node.target in skipped:
+            return self._run(arguments(node)[0], start, skipped)
+        args, kwargs = map_arg(
+            (node.args, node.kwargs), lambda other: self._run(other, start, skipped)
+        )
+        return node.target(*args, **kwargs)  # type: ignore[no-any-return,operator]
