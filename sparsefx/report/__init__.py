@@ -1,3 +1,8 @@
-from sparsefx.report.explain import explain
+"""What a compilation did and why: rows, totals, graphs, as objects, text and plain data."""
 
-__all__ = ["explain"]
+from sparsefx.report.explain import explain
+from sparsefx.report.report import Report
+from sparsefx.report.rows import Row
+from sparsefx.report.totals import Flops, Totals
+
+__all__ = ["Flops", "Report", "Row", "Totals", "explain"]
