@@ -42,9 +42,13 @@ def _integer(owner: str, key: str, value: object) -> None:
 def _number(owner: str, key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{owner}: {key}={value!r} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an int that no float holds
+        number = math.inf
+    if not math.isfinite(number):
         raise ConfigError(f"{owner}: {key}={value!r} must be finite")
-    return float(value)
+    return number
 
 
 @dataclass(frozen=True)
@@ -322,7 +326,7 @@ def _known_keys(cls: type, data: object) -> dict[str, Any]:
         if key not in allowed:
             raise ConfigError(
                 f"{cls.__name__}: unknown key {key!r} (value {data[key]!r}); "
-                f"allowed: {', '.join(allowed)}"
+                f"allowed: {', '.join(allowed) or 'none'}"
             )
     return dict(data)
 
@@ -337,12 +341,14 @@ def _pattern_to_dict(pattern: Pattern | None) -> dict[str, Any] | None:
 def _pattern_from_dict(key: str, data: object) -> Pattern | None:
     if data is None or isinstance(data, Pattern):
         return data
-    if not isinstance(data, Mapping) or data.get("kind") not in _PATTERNS:
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(kind, str) or kind not in _PATTERNS:
+        none = "" if key == "forward" else "None, "
         raise ConfigError(
-            f"Rule: {key}={data!r} must be None, a pattern, or a dict whose 'kind' is one of "
+            f"Rule: {key}={data!r} must be {none}a pattern, or a dict whose 'kind' is one of "
             f"{', '.join(map(repr, _PATTERNS))}"
         )
-    cls = _PATTERNS[data["kind"]]
+    cls = _PATTERNS[kind]
     values = _known_keys(cls, {k: v for k, v in data.items() if k != "kind"})
     return _build(cls, values)
 
@@ -378,7 +384,10 @@ def _rule_from_dict(data: object) -> Rule:
     if isinstance(match, Mapping):
         if len(match) != 1 or next(iter(match)) not in ("type", "predicate"):
             raise ConfigError(f"Rule: match={match!r} must hold one key, 'type' or 'predicate'")
-        values["match"] = _import(next(iter(match.values())))
+        values["match"] = found = _import(next(iter(match.values())))
+        if isinstance(found, type) != ("type" in match):
+            kind = "a type" if "type" in match else "a predicate"
+            raise ConfigError(f"Rule: match={match!r} is not {kind}")
     for key in ("forward", "grad_input", "grad_weight"):
         if key in values:
             values[key] = _pattern_from_dict(key, values[key])
