@@ -233,7 +233,7 @@ def shown_to_the_user(kind: type[Exception]) -> Iterator[None]:
 def compile_wrapper() -> Any:
     """Return the object behind the running ``torch.compile`` call, or None."""
     frame = sys._getframe(1)
-    for _ in range(6):
+    for _ in range(40):
         found = frame.f_locals.get("self")
         if isinstance(found, torch._TorchCompileWrapper):
             return found
