@@ -304,8 +304,16 @@ def trace_function(function: Callable[..., Any], args: Sequence[Any]) -> GraphMo
 
 @contextmanager
 def many_recompiles() -> Iterator[None]:
-    """Let a capture trace a function anew however often it was compiled before."""
-    with torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16):
+    """Let a capture trace a function anew, alike however often it was compiled before.
+
+    Dynamo would turn a size or number that differs from an earlier call's into a symbol.
+    """
+    with torch._dynamo.config.patch(
+        recompile_limit=2**16,
+        accumulated_recompile_limit=2**16,
+        automatic_dynamic_shapes=False,
+        specialize_float=True,
+    ):
         yield
 
 
