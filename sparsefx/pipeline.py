@@ -131,7 +131,7 @@ def run(gm: GraphModule, config: SparseConfig, observe: Observer | None = None) 
             return _all_dense(gm, config, failures)
         break
     outcome.failures = failures
-    if outcome.ops or known.passes or config.passes:
+    if config.passes or any(plan.decision and not plan.decision.dense for plan in outcome.plans):
         gm.graph = work.graph
     for name, graph, result in stages:
         if observe is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,8 +125,15 @@ def emit(like: Node, target: Any, *args: Any, before: Node | None = None, **kwar
     with like.graph.inserting_before(before or like):
         node = like.graph.call_function(target, args, kwargs)
     node.meta = provenance(like)
-    node.meta["val"] = fake_result(target, args, kwargs)
+    with _fakes_of(like):  # what has no tensor among its arguments must be fake as well
+        node.meta["val"] = fake_result(target, args, kwargs)
     return node
+
+
+def _fakes_of(node: Node) -> AbstractContextManager[object]:
+    found = (n.meta.get("val") for n in (node, *node.all_input_nodes))
+    modes = (val.fake_mode for val in found if hasattr(val, "fake_mode"))
+    return next(modes, nullcontext())
 
 
 def wrap(node: Node, build: Callable[[Callable[..., Node]], Node]) -> Node:
@@ -215,6 +223,8 @@ def _replace(old: Node, new: Node, rule: Rule) -> None:
                 f"{old.name}: {after.dtype}{tuple(after.shape)} can't replace "
                 f"{before.dtype}{tuple(before.shape)}"
             )
+        if PLAN in old.meta:  # on the op itself, not on the copy that only changes its layout
+            new.meta.setdefault(PLAN, old.meta[PLAN])
         new = _with_layout(old, new)
     for key, entry in old.meta.items():
         if key not in new.meta and (key == PLAN or key not in _NOT_COPIED):
@@ -234,8 +244,7 @@ def _with_layout(old: Node, new: Node) -> Node:
             if value(new).is_contiguous(memory_format=layout):
                 return new
             copy = emit(old, aten.clone.default, new, memory_format=layout)
-            if (plan := plan_of(new)) is not None:
-                copy.meta[PLAN] = plan
+            copy.meta[PLAN] = None
             return copy
     return new
 
