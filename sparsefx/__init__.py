@@ -42,9 +42,13 @@ register_backend()
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs an extra only when it is asked for."""
+    """Import what needs an extra, or is for tests, only when it is asked for."""
     if name == "export_onnx":
         from sparsefx.onnx import export_onnx
 
         return export_onnx
+    if name == "testing":
+        import sparsefx.testing as testing
+
+        return testing
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
