@@ -54,4 +54,7 @@ def _report_of(compiled: Any) -> Report:
             f"this {what} was not compiled by sparsefx: torch.compile(model, "
             'backend="sparsefx"), or explain(model, config=...)(inputs) for a model as it is'
         )
-    raise SparsefxError(f"this compiled {what} has not run yet: call it once, then explain it")
+    raise SparsefxError(
+        f"nothing of this {what} was compiled yet: call it once, then explain it (torch itself "
+        "skips some, such as a plain nn.Sequential compiled by its own .compile())"
+    )

@@ -73,9 +73,8 @@ class Row:
         data["batch"] = self.symbols.get("batch", self.batch)
         data["symbols"] = dict(self.symbols)
         if self.symbols:
-            data["flops_dense_expression"] = "2*" + "*".join(
-                f"({size})" for size in (data["batch"], *data["shape"])
-            )
+            sizes = [s if str(s).isalnum() else f"({s})" for s in (data["batch"], *data["shape"])]
+            data["flops_dense_expression"] = "*".join(map(str, (2, *sizes)))
         return data
 
 
