@@ -87,7 +87,12 @@ def name_inputs(joint: GraphModule, inputs: Sequence[Input]) -> None:
 
 
 def record_graphs(
-    model: Any, config: SparseConfig, args: Sequence[Any], kwargs: dict[str, Any]
+    model: Any,
+    config: SparseConfig,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    dynamic: bool | None = None,
 ) -> list[Compilation]:
     """Run ``model`` once through Dynamo and return its graphs; buffers and seeds are put back.
 
@@ -96,6 +101,7 @@ def record_graphs(
         config: kept with each graph.
         args: inputs.
         kwargs: inputs by name.
+        dynamic: whether sizes are symbolic, as for ``torch.compile``.
     """
     records: list[Compilation] = []
 
@@ -108,7 +114,7 @@ def record_graphs(
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), compat.many_recompiles():
         try:
-            compiled: Any = torch.compile(model, backend=keep)
+            compiled: Any = torch.compile(model, backend=keep, dynamic=dynamic)
             compiled(*args, **kwargs)
         finally:
             with torch.no_grad():

@@ -115,26 +115,38 @@ def traced(
     return gm
 
 
-def capture(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> GraphModule:
+def capture(
+    model: nn.Module | Callable[..., Any],
+    *args: Any,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> GraphModule:
     """Capture the one graph of a model: forward and backward together where gradients are needed.
 
     Args:
         model: called with ``args`` and ``kwargs`` under the current grad mode.
         args: inputs.
+        dynamic: whether sizes are symbolic, as for ``torch.compile``.
         kwargs: inputs by name.
 
     Raises:
         ValueError: when the model breaks into several graphs; see :func:`captures`.
     """
-    found = captures(model, *args, **kwargs)
+    found = captures(model, *args, dynamic=dynamic, **kwargs)
     if len(found) != 1:
         raise ValueError(f"{len(found)} graphs were captured instead of 1; use captures()")
     return found[0]
 
 
-def captures(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> list[GraphModule]:
+def captures(
+    model: nn.Module | Callable[..., Any],
+    *args: Any,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> list[GraphModule]:
     """Capture every graph of a model; nothing is compiled, the model runs once in eager mode."""
-    return [joint_graph(record) for record in record_graphs(model, SparseConfig(), args, kwargs)]
+    records = record_graphs(model, SparseConfig(), args, kwargs, dynamic=dynamic)
+    return [joint_graph(record) for record in records]
 
 
 def plans(gm: GraphModule) -> list[Plan]:
