@@ -12,7 +12,8 @@
 
 Score of pair i: |x_i| * |w_i| (2-norms of column and row), or one of the two. Of equals the earlier
 is kept. Norms are computed in at least float32, where those below 1e-22 count as 0 and those above
-1e19 as infinite. Indices are int64, unique, ascending: gathers read forwards. ``where`` is (stride, padding, dilation, groups) throughout.
+1e19 as infinite. Indices are int64, unique, ascending: gathers read forwards. ``where`` is
+(stride, padding, dilation, groups) throughout.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Ints = Sequence[int]
 def _squares(x: Tensor, dims: Sequence[int]) -> Tensor:
     """Sum of squares over ``dims``; ``norm(dim=0)`` is 30 times slower on CPU."""
     wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * wide).sum(dims)
+    return torch.sum(wide * wide, list(dims))
 
 
 _BLOCK = 8  # rows: few enough pages that the prefetcher follows all of them
@@ -53,10 +54,10 @@ def _squares_across(x: Tensor, dim: int) -> Tensor:
     long = isinstance(x.shape[-2], int) and x.shape[-2] >= 32 * _BLOCK
     if dim == -1 or x.dim() != 2 or not long:
         return _squares(x, [dim])
-    whole = x.shape[0] // _BLOCK * _BLOCK
-    blocks = x.narrow(0, 0, whole).unflatten(0, (-1, _BLOCK))
-    total = _squares(blocks, [1]).sum(0)
-    return total if whole == x.shape[0] else total + _squares(x.narrow(0, whole, x.shape[0] - whole), [0])
+    rest = x.shape[0] % _BLOCK
+    whole = x.shape[0] - rest
+    total = _squares(x.narrow(0, 0, whole).unflatten(0, (-1, _BLOCK)), [1]).sum(0)
+    return total + _squares(x.narrow(0, whole, rest), [0]) if rest else total
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
@@ -124,7 +125,7 @@ def columns(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, indices: Tensor, size: int, dim: int) -> Tensor:
-    """Zeros of ``size`` along ``dim`` with ``values`` at the indices (unique: an order can't matter)."""
+    """Zeros of ``size`` along ``dim`` with ``values`` at the indices, which are unique."""
     out = values.new_zeros([*values.shape[:dim], size, *values.shape[dim + 1 :]])
     return out.index_copy(dim, indices, values)
 
