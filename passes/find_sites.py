@@ -3,6 +3,7 @@
     mm, addmm, bmm, convolution                          forward
     mm, bmm, conv_grad_input, conv_grad_weight           its gradients: same seq_nr, and the same
                                                          operand behind the transposes
+    _grouped_mm, and what Hugging Face has in its place  sites too, which stay dense
 
 Needs    canonicalize ran; placeholders carry their names (meta["sparsefx_input"]).
 Adds     meta["sparsefx"] = Plan(site) to every product's node.
@@ -18,17 +19,21 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparsefx import naming, ops
-from sparsefx.plan import Plan, Role, Site, Size
+from sparsefx.compat import OpOverload
+from sparsefx.plan import Kind, Plan, Role, Site, Size
 from sparsefx.rewriting import INPUT, PLAN, PassResult, arguments, peel, plan_of, value
 
 aten = torch.ops.aten
 
-_KINDS = {
+_KINDS: dict[object, Kind] = {
     aten.mm.default: "mm",
     aten.addmm.default: "mm",
     aten.bmm.default: "bmm",
     aten.convolution.default: "conv",
 }
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+_GROUPED = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}  # a mixture of experts
+_GROUPED_GRADIENTS = "transformers::grouped_mm_fallback_backward"  # both, in a tuple
 _CONV_GRADIENTS: dict[object, Role] = {
     ops.conv_grad_input: "grad_input",
     ops.conv_grad_weight: "grad_weight",
@@ -79,13 +84,33 @@ class _Graph:
                 continue
             if _is_backward(node):
                 self.backwards.append(node)
-            elif node.target in _KINDS:
+            elif _kind(node):
                 self.forwards.append(node)
         self.activations = _activations(nodes)
         self.final = _final_products(nodes, set(self.forwards))
         self.by_seq: dict[object, list[Node]] = {}
         for node in self.forwards:
             self.by_seq.setdefault(node.meta.get("seq_nr"), []).append(node)
+
+
+def _schema(node: Node) -> str:
+    target = node.target
+    return str(target.name()) if isinstance(target, OpOverload) else ""  # type: ignore[no-untyped-call]
+
+
+def _kind(node: Node) -> Kind | None:
+    return "mm" if _schema(node) in _GROUPED else _KINDS.get(node.target)
+
+
+def _opaque(node: Node) -> str:
+    """Why the product is out of reach, whatever the rules say."""
+    if _schema(node) in _GROUPED:
+        return "grouped product: every expert multiplies rows of its own, known only when running"
+    callers = node.meta.get("source_fn_stack") or [("", None)]
+    if callers[-1][1] is torch.nn.functional.scaled_dot_product_attention:
+        # where it is one operator no product shows, so what is sampled would depend on the device
+        return "part of scaled_dot_product_attention, which other devices fuse"
+    return ""
 
 
 def _is_backward(node: Node) -> bool:
@@ -141,7 +166,8 @@ def _tensors(node: Node) -> tuple[Node, Node]:
 
 def _forward_site(node: Node, group: int, graph: _Graph) -> Site:
     left, right = _tensors(node)
-    kind = _KINDS[node.target]  # type: ignore[index]  # membership was checked
+    kind = _kind(node)
+    assert kind is not None, node.format_node()
     sides = [side for side in (left, right) if side not in graph.activations]
     weight = "both" if len(sides) == 2 else None
     if len(sides) == 1 and kind != "bmm":
@@ -152,7 +178,7 @@ def _forward_site(node: Node, group: int, graph: _Graph) -> Site:
     return Site(
         layer=naming.layer_of(node, found),
         role="forward",
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         op=naming.op_name(node.target),
         shape=shape,
         dtype=str(value(right).dtype).removeprefix("torch."),
@@ -168,6 +194,7 @@ def _forward_site(node: Node, group: int, graph: _Graph) -> Site:
         transposed=transposed,
         is_output=node in graph.final,
         has_backward=graph.has_backward,
+        opaque=_opaque(node),
     )
 
 
@@ -194,7 +221,8 @@ def _mark_backward(node: Node, graph: _Graph) -> None:
         plan = forward.meta[PLAN]
         m, n, k = plan.site.shape
         shape = (m, k, n) if role == "grad_input" else (k, n, m)
-        site = replace(plan.site, role=role, op=naming.op_name(node.target), shape=shape)
+        target = _whole(node).target  # of a tuple's entry: what made the tuple
+        site = replace(plan.site, role=role, op=naming.op_name(target), shape=shape)
         node.meta[PLAN] = Plan(site, flipped=flipped)
         return
     if node.target in (aten.mm.default, aten.bmm.default):
@@ -222,19 +250,47 @@ def _candidates(node: Node, graph: _Graph) -> Iterator[tuple[Node, Role, bool]]:
     forwards = graph.by_seq.get(seq, []) if seq is not None else graph.forwards
     if node.target in _CONV_GRADIENTS or _unsplit(node):
         yield from _conv_candidates(node, forwards)
+    elif _schema(node) in _GROUPED or _schema(_whole(node)) == _GROUPED_GRADIENTS:
+        yield from _grouped_candidates(node, forwards)
     elif node.target in (aten.mm.default, aten.bmm.default):
         for forward in forwards:
             yield from _mm_candidates(node, forward)
 
 
+def _whole(node: Node) -> Node:
+    """What an entry of a tuple was taken from, else the node itself."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return source if isinstance(source, Node) else node
+
+
 def _unsplit(node: Node) -> bool:
-    source = node.args[0] if node.args else None
-    return (
-        node.target is operator.getitem
-        and isinstance(source, Node)
-        and source.target is aten.convolution_backward.default
-        and node.args[1] in (0, 1)
-    )
+    source = _whole(node)
+    if source is node or source.target is not aten.convolution_backward.default:
+        return False
+    return node.args[1] in (0, 1)
+
+
+def _grouped_candidates(node: Node, forwards: list[Node]) -> Iterator[tuple[Node, Role, bool]]:
+    for forward in forwards:
+        if _schema(forward) not in _GROUPED:
+            continue
+        x, w = (_untransposed(side) for side in _tensors(forward))
+        if _schema(node) in _GROUPED:
+            sides = {_untransposed(side) for side in _tensors(node)}
+            if w in sides:
+                yield forward, "grad_input", False
+            elif x in sides:
+                yield forward, "grad_weight", False
+        elif [_untransposed(side) for side in _tensors(_whole(node))] == [x, w]:
+            yield forward, "grad_weight" if node.args[1] else "grad_input", False
+
+
+def _untransposed(node: Node) -> Node:
+    while node.target in (aten.permute.default, aten.transpose.int):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
+    return node
 
 
 def _conv_candidates(node: Node, forwards: list[Node]) -> Iterator[tuple[Node, Role, bool]]:
@@ -252,7 +308,7 @@ def _conv_candidates(node: Node, forwards: list[Node]) -> Iterator[tuple[Node, R
 
 def _mm_candidates(node: Node, forward: Node) -> Iterator[tuple[Node, Role, bool]]:
     """Y = A @ B has dA = G @ B^T or its transpose B @ G^T, and dB = A^T @ G or G^T @ A."""
-    if value(node).dim() != value(forward).dim() or forward.target is aten.convolution.default:
+    if value(node).dim() != value(forward).dim() or forward.target not in _PRODUCTS:
         return
     (a, a_flip), (b, b_flip) = (peel(side) for side in _tensors(forward))
     (left, left_flip), (right, right_flip) = (peel(side) for side in _tensors(node))

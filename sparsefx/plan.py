@@ -38,6 +38,7 @@ class Site:
         transposed: transposed convolution.
         is_output: the last product on the way to an output of the graph.
         has_backward: the graph has a backward.
+        opaque: why no pass can take the product by itself (fused attention, a grouped product).
     """
 
     layer: str
@@ -58,6 +59,7 @@ class Site:
     transposed: bool = False
     is_output: bool = False
     has_backward: bool = True
+    opaque: str = ""
 
 
 @dataclass(frozen=True)

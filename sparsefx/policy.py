@@ -54,6 +54,8 @@ def _blocked(sites: Mapping[Role, Site], config: SparseConfig) -> str:
     forward = sites["forward"]
     if forward.dtype not in _FLOATS:
         return f"dtype {forward.dtype} is not a real floating-point type"
+    if forward.opaque:
+        return forward.opaque
     if forward.transposed:
         return "transposed convolution"
     if forward.depthwise:
