@@ -78,7 +78,13 @@ class OnnxRuntime:
             ExportError: when the runtime refuses it.
         """
         import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+        # they share no base of their own
+        kinds = [c for c in vars(state).values() if isinstance(c, type)]
+        self._errors: tuple[type[Exception], ...] = tuple(
+            c for c in kinds if issubclass(c, Exception)
+        )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; warnings about unused initializers are no news
         options.intra_op_num_threads = torch.get_num_threads()
@@ -86,7 +92,7 @@ class OnnxRuntime:
             self._session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]
             )
-        except RuntimeError as error:
+        except self._errors as error:
             raise _refused(error) from error
         self.name = f"onnxruntime {onnxruntime.__version__}"
 
@@ -106,7 +112,7 @@ class OnnxRuntime:
         try:
             feed = {n: x.detach().cpu().numpy() for n, x in zip(names, tensors, strict=True)}
             outputs = self._session.run(None, feed)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (*self._errors, TypeError, ValueError) as error:
             raise _refused(error) from error
         return [torch.from_numpy(x) for x in outputs]
 

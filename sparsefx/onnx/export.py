@@ -174,9 +174,18 @@ def _export(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> Any
             model, args, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
         )
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx.export can't write this model: {error}") from error
+        raise ExportError(
+            f"torch.onnx.export can't write this model: {_innermost(error)}"
+        ) from error
     assert program is not None  # dynamo=True returns a program
     return program
+
+
+def _innermost(error: BaseException) -> str:
+    """Say what went wrong without the pages of advice that the exporter wraps around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip()}"
 
 
 def _describe(program: Any, weights: list[Weight]) -> dict[str, facts.Fact]:

@@ -56,7 +56,7 @@ class ExportReport:
     hidden: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return a table that fits 120 columns: masked tensors and matrices, then the totals."""
+        """Return a table that fits 120 columns, by the model's own names where there are some."""
         shown = [row for row in self.rows if row.pattern or len(row.shape) > 1]
         rest = [row for row in self.rows if row not in shown]
         lines = [
@@ -65,7 +65,7 @@ class ExportReport:
             *map(_line, shown),
         ]
         if rest:
-            lines.append(f"and {len(rest)} tensors of {_size(sum(r.bytes for r in rest))} in all")
+            lines.append(f"and {len(rest)} smaller, {_size(sum(r.bytes for r in rest))} in all")
         lines += [f"zeros not visible in the file: {name}" for name in self.hidden]
         if self.max_error is None or self.tolerance is None:
             return "\n".join([*lines, "not compared in a runtime (verify=False)"])
@@ -78,7 +78,7 @@ class ExportReport:
 
 
 def _line(row: TensorRow) -> str:
-    name = row.name if row.parameter in ("", row.name) else f"{row.name} ({row.parameter})"
+    name = row.parameter or row.name
     if len(name) > _WIDTH:
         name = "…" + name[1 - _WIDTH :]
     shape = " x ".join(map(str, row.shape))
