@@ -23,8 +23,9 @@ def format_rows(rows: Sequence[Row]) -> str:
     numbers = {reason: i for i, reason in enumerate(_reasons(rows), 1)}
     lines = [_cells(row, numbers) for row in rows]
     used = [max(map(len, column)) for column in zip(_COLUMNS, *lines, strict=True)]
-    room = max(_SHORTEST_LAYER, WIDTH - sum(used[1:]) - _GAP * len(_COLUMNS))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, _GAP, 0, 0), show_edge=False)
+    room = max(_SHORTEST_LAYER, WIDTH - sum(used[1:]) - _GAP * len(used[1:]))
+    padding = (0, _GAP - 1, 0, 0)  # the box puts one more space between columns
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding, show_edge=False)
     for name in _COLUMNS:
         table.add_column(name, no_wrap=True, justify="right" if name == "FLOPs" else "left")
     before: tuple[object, ...] = ()
