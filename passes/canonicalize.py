@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from sparsefx import ops
 from sparsefx.compat import OpOverload
-from sparsefx.rewriting import PassResult, Skip, arguments, emit, rewrite_nodes, value
+from sparsefx.rewriting import PassResult, Skip, arguments, emit, rewrite_nodes, size, value
 
 aten = torch.ops.aten
 
@@ -75,7 +75,4 @@ def _split_convolution_backward(item: Node) -> Node | Skip | None:
 
 
 def _sizes(anchor: Node, tensor: Node) -> list[int | Node]:
-    return [
-        n if isinstance(n, int) else emit(anchor, aten.sym_size.int, tensor, dim)
-        for dim, n in enumerate(value(tensor).shape)
-    ]
+    return [size(anchor, tensor, dim) for dim in range(value(tensor).dim())]

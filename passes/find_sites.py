@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparsefx import naming, ops
-from sparsefx.compat import OpOverload
+from sparsefx.compat import OpOverload, settled
 from sparsefx.plan import Kind, Plan, Role, Site, Size
 from sparsefx.rewriting import INPUT, PLAN, PassResult, arguments, peel, plan_of, value
 
@@ -189,7 +189,7 @@ def _forward_site(node: Node, group: int, graph: _Graph) -> Site:
         weight=weight,
         weight_name=found,
         channels=channels,
-        batch=value(node).shape[0] if kind == "bmm" else 1,
+        batch=settled(value(node).shape[0]) if kind == "bmm" else 1,
         depthwise=channels is not None and channels[0] == 1 and channels[2] != 1,
         transposed=transposed,
         is_output=node in graph.final,
@@ -203,14 +203,19 @@ def _shape(
 ) -> tuple[tuple[Size, Size, Size], tuple[Size, Size, Size, Size] | None]:
     left, right = (value(side) for side in _tensors(node))
     if kind != "conv":
-        return (left.shape[-2], right.shape[-1], left.shape[-1]), None
+        return _settled(left.shape[-2], right.shape[-1], left.shape[-1]), None
     groups, out = arguments(node)[8], value(node)
     inner, outer = right.shape[1], right.shape[0]
     if node.args[6]:  # transposed: [in, out / groups, *taps]
         inner, outer = right.shape[0] // groups, right.shape[1] * groups
     rows = math.prod([out.shape[0], *out.shape[2:]])
     depth = inner * math.prod(right.shape[2:])
-    return (rows, outer, depth), (inner, outer // groups, groups, left.shape[0])
+    channels = _settled(inner, outer // groups, groups)
+    return _settled(rows, outer, depth), (*channels, settled(left.shape[0]))
+
+
+def _settled(a: Size, b: Size, c: Size) -> tuple[Size, Size, Size]:
+    return settled(a), settled(b), settled(c)
 
 
 # --- backward
@@ -233,8 +238,8 @@ def _mark_backward(node: Node, graph: _Graph) -> None:
                 role="other",
                 kind="bmm" if node.target is aten.bmm.default else "mm",
                 op=naming.op_name(node.target),
-                shape=(left.shape[-2], right.shape[-1], left.shape[-1]),
-                batch=left.shape[0] if left.dim() == 3 else 1,
+                shape=_settled(left.shape[-2], right.shape[-1], left.shape[-1]),
+                batch=settled(left.shape[0]) if left.dim() == 3 else 1,
                 dtype=str(right.dtype).removeprefix("torch."),
                 device=right.device.type,
                 group=-1,

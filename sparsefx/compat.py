@@ -317,6 +317,12 @@ def many_recompiles() -> Iterator[None]:
         yield
 
 
+def settled(size: Any) -> Any:
+    """Return the int that a symbolic size was guarded to be, or the size itself."""
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if known is None else known
+
+
 def size_hint(size: Any) -> int:
     """Return a size, or the example's where it is symbolic; ``int()`` would add a guard."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -286,7 +286,7 @@ def flip(anchor: Node, node: Node) -> Node:
 
 def size(anchor: Node, node: Node, dim: int) -> int | Node:
     """Return a size: an int, or the node that reads it where it is symbolic."""
-    found = value(node).shape[dim]
+    found = compat.settled(value(node).shape[dim])
     return found if isinstance(found, int) else emit(anchor, aten.sym_size.int, node, dim)
 
 
