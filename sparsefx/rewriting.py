@@ -7,8 +7,8 @@ nodes through :func:`emit` alone, which computes their fake values and copies wh
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +132,7 @@ def emit(like: Node, target: Any, *args: Any, before: Node | None = None, **kwar
 
 def _fakes_of(node: Node) -> AbstractContextManager[object]:
     found = (n.meta.get("val") for n in (node, *node.all_input_nodes))
-    modes = (val.fake_mode for val in found if hasattr(val, "fake_mode"))
+    modes = (mode for val in found if (mode := getattr(val, "fake_mode", None)) is not None)
     return next(modes, nullcontext())
 
 
@@ -300,6 +300,19 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     copied = GraphModule(gm, graph)
     copied.meta.update(gm.meta)
     return copied
+
+
+@contextmanager
+def failing_at(pass_name: str, node: Node) -> Iterator[None]:
+    """Say of any error at which node it was raised.
+
+    Raises:
+        SitesFailedError: in place of any other error.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever it is, the site goes dense and the model runs
+        raise sites_failed(pass_name, [(node, error)]) from error
 
 
 def sites_failed(pass_name: str, failures: Sequence[tuple[Node, Exception]]) -> SitesFailedError:

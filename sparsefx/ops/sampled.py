@@ -52,12 +52,12 @@ def _squares_across(x: Tensor, dim: int) -> Tensor:
     if x.stride(-1) > x.stride(-2):
         x, dim = x.transpose(-2, -1), -3 - dim
     long = isinstance(x.shape[-2], int) and x.shape[-2] >= 32 * _BLOCK
-    if dim == -1 or x.dim() != 2 or not long:
+    if dim == -1 or not long:
         return _squares(x, [dim])
-    rest = x.shape[0] % _BLOCK
-    whole = x.shape[0] - rest
-    total = _squares(x.narrow(0, 0, whole).unflatten(0, (-1, _BLOCK)), [1]).sum(0)
-    return total + _squares(x.narrow(0, whole, rest), [0]) if rest else total
+    rest = x.shape[-2] % _BLOCK
+    whole = x.shape[-2] - rest
+    total = _squares(torch.unflatten(x.narrow(-2, 0, whole), -2, (-1, _BLOCK)), [-2]).sum(-2)
+    return total + _squares(x.narrow(-2, whole, rest), [-2]) if rest else total
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
@@ -214,12 +214,16 @@ gather_columns = define(
 
 
 def _batch_rows(w: Tensor, indices: Tensor) -> Tensor:
-    """w[b, S[b], :]: [B, K, N], [B, k] -> [B, k, N]."""
+    """w[b, S[b], :]: [B, K, N], [B, k] -> [B, k, N], read along memory."""
+    if w.stride(1) < w.stride(2):
+        return batch_columns(w.transpose(1, 2), indices).transpose(1, 2)
     return w.gather(1, indices.unsqueeze(2).expand(-1, -1, w.shape[2]))
 
 
 def batch_columns(x: Tensor, indices: Tensor) -> Tensor:
-    """x[b, :, S[b]]: [B, M, K], [B, k] -> [B, M, k]."""
+    """x[b, :, S[b]]: [B, M, K], [B, k] -> [B, M, k], read along memory."""
+    if x.stride(2) > x.stride(1):
+        return _batch_rows(x.transpose(1, 2), indices).transpose(1, 2)
     return x.gather(2, indices.unsqueeze(1).expand(-1, x.shape[1], -1))
 
 

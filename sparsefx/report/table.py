@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from sparsefx.report.rows import MASKED_DENSE, Row
 from sparsefx.report.totals import Totals
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WIDTH = 120
 _COLUMNS = ("layer", "role", "M×N×K", "dtype", "decision", "runs as", "FLOPs")  # noqa: RUF001
@@ -24,6 +24,9 @@ def format_rows(rows: Sequence[Row]) -> str:
     lines = [_cells(row, numbers) for row in rows]
     used = [max(map(len, column)) for column in zip(_COLUMNS, *lines, strict=True)]
     room = max(_SHORTEST_LAYER, WIDTH - sum(used[1:]) - _GAP * len(used[1:]))
+    from rich import box
+    from rich.table import Table  # on first print: a machine that only computes needs no rich
+
     padding = (0, _GAP - 1, 0, 0)  # the box puts one more space between columns
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding, show_edge=False)
     for name in _COLUMNS:
@@ -50,6 +53,8 @@ def format_reasons(rows: Sequence[Row]) -> str:
 
 def format_totals(totals: Totals) -> str:
     """Print the sums, dense against sparse."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     for name in ("totals", "dense", "sparse", "", "executed"):
         table.add_column(name, no_wrap=True, justify="left" if name == "totals" else "right")
@@ -147,6 +152,8 @@ def count_of(how_many: int, what: str) -> str:
 
 def _render(table: Table) -> str:
     out = StringIO()
+    from rich.console import Console
+
     Console(file=out, width=WIDTH, force_terminal=False, color_system=None, markup=False).print(
         table
     )
