@@ -38,7 +38,7 @@ def has_kernel(op: str, key: str) -> bool:
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the decompositions that Inductor traces with: what a joint graph may contain."""
-    import torch._inductor.lowering  # max_pool2d's decomposition takes it as already imported
+    import torch._inductor.lowering  # noqa: F401  # max_pool2d's decomposition takes it as already imported
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()

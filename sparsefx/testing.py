@@ -25,7 +25,8 @@ from torch.fx import GraphModule
 from sparsefx import compat
 from sparsefx.capture import joint_graph, record_graphs
 from sparsefx.config import Dense, Pattern, SparseConfig
-from sparsefx.passes import canonicalize, find_sites
+from sparsefx.passes.canonicalize import canonicalize
+from sparsefx.passes.find_sites import find_sites
 from sparsefx.plan import Decision, Plan, Role
 from sparsefx.report.printer import diff, format_graph
 from sparsefx.rewriting import PLAN, PassResult, plan_of
