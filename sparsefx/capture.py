@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,7 @@ def record_graphs(
     kwargs: dict[str, Any],
     *,
     dynamic: bool | None = None,
+    seen: Callable[[Compilation, Sequence[Any]], None] | None = None,
 ) -> list[Compilation]:
     """Run ``model`` once through Dynamo and return its graphs; buffers and seeds are put back.
 
@@ -102,11 +103,16 @@ def record_graphs(
         args: inputs.
         kwargs: inputs by name.
         dynamic: whether sizes are symbolic, as for ``torch.compile``.
+        seen: told of each graph with the tensors that it was called with: behind a graph break
+            Dynamo's names no longer say which parameter is which.
     """
     records: list[Compilation] = []
 
     def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        records.append(remember(gm, example_inputs, config))
+        record = remember(gm, example_inputs, config)
+        records.append(record)
+        if seen is not None:
+            seen(record, example_inputs)
         return gm.forward
 
     buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}

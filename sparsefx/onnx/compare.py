@@ -80,11 +80,10 @@ class OnnxRuntime:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-        # they share no base of their own
+        # its errors share no base; numpy, which has no bfloat16, raises a TypeError
         kinds = [c for c in vars(state).values() if isinstance(c, type)]
-        self._errors: tuple[type[Exception], ...] = tuple(
-            c for c in kinds if issubclass(c, Exception)
-        )
+        errors: list[Any] = [c for c in kinds if issubclass(c, Exception)]
+        self._errors: tuple[type[Exception], ...] = (TypeError, ValueError, *errors)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; warnings about unused initializers are no news
         options.intra_op_num_threads = torch.get_num_threads()
@@ -112,7 +111,7 @@ class OnnxRuntime:
         try:
             feed = {n: x.detach().cpu().numpy() for n, x in zip(names, tensors, strict=True)}
             outputs = self._session.run(None, feed)
-        except (*self._errors, TypeError, ValueError) as error:
+        except self._errors as error:
             raise _refused(error) from error
         return [torch.from_numpy(x) for x in outputs]
 
@@ -156,6 +155,6 @@ def _relative_error(a: Tensor, b: Tensor) -> float:
     if bool(same.all()):
         return 0.0
     a, b = a.double(), b.double()
-    apart = torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf))
+    apart = torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf))
     scale = float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0
     return float(apart.max()) / (scale or 1.0)

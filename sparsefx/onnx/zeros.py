@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from sparsefx import naming, ops, pipeline
-from sparsefx.capture import record_graphs, trace_again
+from sparsefx.capture import Compilation, record_graphs, trace_again
 from sparsefx.config import NM, Sampled, SparseConfig
 from sparsefx.errors import ExportError
 from sparsefx.plan import Plan
@@ -138,19 +138,25 @@ def find_zeros(model: nn.Module, args: Sequence[object], config: SparseConfig) -
         ExportError: when a product wants what stored zeros can't express.
         PassError: under ``strict=True``.
     """
-    tensors = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
+    weights = {
+        id(tensor): Weight(name, tensor)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
-    weights: dict[int, Weight] = {}
+    given: dict[int, Weight] = {}  # by the Input that describes it
+
+    def seen(record: Compilation, tensors: Sequence[object]) -> None:
+        for known, tensor in zip(record.inputs, tensors, strict=True):
+            if id(tensor) in weights:
+                given[id(known)] = weights[id(tensor)]
+
     zeros = Zeros()
     with torch.no_grad():
-        for record in record_graphs(model, config, args, {}):
+        for record in record_graphs(model, config, args, {}, seen=seen):
             found: list[_Decided] = []
             trace_again(record, lambda graph, found=found: found.append(_decide(graph, config)))  # type: ignore[misc]
             for decided in found:
                 zeros.depth += decided.depth
-                _collect(decided, tensors, weights)
+                _collect(decided, given)
     zeros.weights = [weight for weight in weights.values() if weight.masked]
     return zeros
 
@@ -182,21 +188,21 @@ def _decide(graph: GraphModule, config: SparseConfig) -> _Decided:
     return _Decided(stages.get("select_sites", graph), plans)
 
 
-def _collect(decided: _Decided, tensors: Mapping[str, Tensor], weights: dict[int, Weight]) -> None:
+def _collect(decided: _Decided, given: Mapping[int, Weight]) -> None:
+    sources = {
+        node: given[id(node.meta.get(INPUT))]
+        for node in decided.gm.graph.nodes
+        if node.op == "placeholder" and id(node.meta.get(INPUT)) in given
+    }
     for node in decided.gm.graph.nodes:
         if (plan := decided.plan(node)) is not None and plan.decision is not None:
-            _refuse_other_than_zeros(node, plan)
-    for source in decided.gm.graph.nodes:
-        known = source.meta.get(INPUT) if source.op == "placeholder" else None
-        if known is None or known.kind == "input" or known.name not in tensors:
-            continue
-        tensor = tensors[known.name]
-        weight = weights.setdefault(id(tensor), Weight(known.name, tensor))
-        read = _Reader(source, tensor)
+            _refuse_other_than_zeros(node, plan, sources)
+    for source, weight in sources.items():
+        read = _Reader(source, weight.tensor)
         weight.uses += [_use(node, user, decided, read) for node, user in _readers(source)]
 
 
-def _refuse_other_than_zeros(node: Node, plan: Plan) -> None:
+def _refuse_other_than_zeros(node: Node, plan: Plan, sources: Container[Node]) -> None:
     """Say no to what no stored zeros can express."""
     assert plan.decision is not None
     pattern, layer = plan.decision.pattern, plan.site.layer
@@ -205,7 +211,7 @@ def _refuse_other_than_zeros(node: Node, plan: Plan) -> None:
             f"{layer!r} is sampled at inference ({pattern}, inference=True), which this export "
             "can't write; use Sampled(inference=False), whose inference is exact"
         )
-    if isinstance(pattern, NM) and (reason := _not_stored(_weight_operand(node))):
+    if isinstance(pattern, NM) and (reason := _not_stored(_weight_operand(node), sources)):
         raise ExportError(
             f"the weight of {layer!r} ({pattern}) {reason}, so there is no tensor to store zeros "
             "in; bake it into a parameter (parametrize.remove_parametrizations does) or put a "
@@ -218,15 +224,13 @@ def _weight_operand(node: Node) -> Node:
     return arguments(node)[2 if node.target is aten.addmm.default else 1]  # type: ignore[no-any-return]
 
 
-def _not_stored(operand: Node) -> str:
+def _not_stored(operand: Node, sources: Container[Node]) -> str:
     """Why an operand isn't part of a stored tensor, or ""."""
     while operand.op == "call_function" and operand.target in _SELECTIONS:
         operand = arguments(operand)[0]
-    known = operand.meta.get(INPUT)
-    if operand.op != "placeholder" or known is None or known.kind == "input":
-        op = operand.name if operand.op != "call_function" else naming.op_name(operand.target)
-        return f"is computed while the model runs (by {op})"
-    return ""
+    if operand.op == "call_function":
+        return f"is computed while the model runs (by {naming.op_name(operand.target)})"
+    return "" if operand in sources else f"is no parameter of this model ({operand.name})"
 
 
 def _readers(source: Node) -> Iterator[tuple[Node, Node]]:
