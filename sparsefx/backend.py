@@ -46,17 +46,19 @@ def sparsefx(
         config, patches = read_options(mode, options)
         record = remember(gm, example_inputs, config)
         wrapper = compat.compile_wrapper()
-        if wrapper is not None:
-            wrapper.__dict__.setdefault("_sparsefx", []).append(record)
 
         def rewrite(joint: GraphModule) -> None:
             name_inputs(joint, record.inputs)
             record.outcome = pipeline.run(joint, config)
 
         if config.codegen == "aot_eager":
-            return compat.compile_eagerly(gm, example_inputs, rewrite)
-        identity = functools.partial(cache_identity, record, patches)
-        return compat.compile_with_inductor(gm, example_inputs, rewrite, identity, patches)
+            compiled = compat.compile_eagerly(gm, example_inputs, rewrite)
+        else:
+            identity = functools.partial(cache_identity, record, patches)
+            compiled = compat.compile_with_inductor(gm, example_inputs, rewrite, identity, patches)
+        if wrapper is not None:  # what Dynamo gives up, to trace it anew, does not get here
+            wrapper.__dict__.setdefault("_sparsefx", []).append(record)
+        return compiled
 
 
 def read_options(
