@@ -30,12 +30,14 @@ class Trace:
     Attributes:
         outcome: what it decided and did.
         stages: the graph as it was captured, and after each pass, by name.
+        final: the graph that is compiled: the captured one where nothing became sparse.
         results: how many outputs of the joint graph belong to the forward.
         joint: whether forward and backward are in one graph; else there is no backward.
     """
 
     outcome: Outcome
     stages: list[tuple[str, GraphModule]]
+    final: GraphModule
     results: int
     joint: bool
 
@@ -75,10 +77,7 @@ class TracedGraph:
     @cached_property
     def saved_bytes(self) -> tuple[int, int]:
         """Activations kept for the backward: (dense, sparse)."""
-        first, last = self.trace.stages[0][1], self.trace.stages[-1][1]
-        dense = self._saved(first)
-        unchanged = not self.trace.outcome.ops and not self.record.config.passes
-        return dense, dense if unchanged else self._saved(last)
+        return self._saved(self.trace.stages[0][1]), self._saved(self.trace.final)
 
     def _split(self, gm: GraphModule) -> tuple[GraphModule, GraphModule | None]:
         work = copy_graph_module(gm)
@@ -98,19 +97,20 @@ class TracedGraph:
 
 def _trace(record: Compilation) -> Trace:
     stages: list[tuple[str, GraphModule]] = []
-    outcomes: list[Outcome] = []
+    done: list[tuple[Outcome, GraphModule]] = []
     seen: list[tuple[str, int]] = []
 
     def rewrite(graph: GraphModule) -> None:
         stages.append((CAPTURED, copy_graph_module(graph)))
-        outcomes.append(pipeline.run(graph, record.config, stage))
+        outcome = pipeline.run(graph, record.config, stage)
+        done.append((outcome, copy_graph_module(graph)))
 
     def stage(name: str, graph: GraphModule, _: PassResult) -> None:
         stages.append((name, graph))
 
     trace_again(record, rewrite, lambda kind, _, results: seen.append((kind, results)))
-    kind, results = seen[0]
-    return Trace(outcomes[0], stages, results, kind != "inference")
+    (outcome, final), (kind, results) = done[0], seen[0]
+    return Trace(outcome, stages, final, results, kind != "inference")
 
 
 def _bases(node: Node) -> Iterator[Node]:

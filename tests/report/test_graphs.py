@@ -131,7 +131,8 @@ def test_a_pass_that_fails_as_a_whole_leaves_the_captured_graph(monkeypatch):
     monkeypatch.setattr("sparsefx.passes.share_masks", fails)
     with pytest.warns(sfx.SparsefxWarning, match="no masks today"):
         report = sfx.explain(small(), config="2:4")(torch.randn(6, 8))
-    assert {r.reason for r in report.sites} == {"share_masks failed: RuntimeError: no masks today"}
+    (reason,) = {r.reason for r in report.sites}
+    assert reason.startswith("share_masks failed: RuntimeError: no masks today")
     assert [[name for name, _ in stages] for stages in report.stages] == [["captured"]]
     assert report.totals.saved_bytes == report.totals.saved_bytes_sparse == 6 * 16 * 4
     assert sparse_ops(report.forward[0]) == []
