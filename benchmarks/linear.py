@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import sparsefx as sfx
@@ -307,32 +306,55 @@ def commit() -> str | None:
     return f"{head}-dirty" if changed else str(head)
 
 
-def table(rows: Sequence[Row], facts: dict[str, Any]) -> Table:
+HEADINGS = (
+    "N",
+    "ratio",
+    "method",
+    "ms",
+    "p20-p80",
+    "x dense",
+    "ideal",
+    "of ideal",
+    "error",
+    "kept",
+)
+
+
+def cells(row: Row) -> list[str]:
+    return [
+        str(row.size),
+        "" if row.ratio is None else f"{row.ratio:g}",
+        row.method,
+        f"{row.median:.2f}",
+        f"{row.p20:.2f}-{row.p80:.2f}",
+        f"{row.speedup:.2f}" + (" <" if row.speedup < 0.995 else ""),
+        f"{row.ideal:.2f}",
+        f"{row.speedup / row.ideal:.0%}",
+        "" if row.error is None else f"{row.error:.3f}",
+        "" if row.kept is None else f"{row.kept:.0%}",
+    ]
+
+
+def show(rows: Sequence[Row], facts: dict[str, Any]) -> None:
+    """Print a table; plain lines on a machine without rich ("<": slower than dense)."""
     title = f"linear N x N, batch {facts['batch']}, {facts['dtype']}, forward + backward"
     where = f"{facts['device']}, {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
-    made = Table(title=title, caption=f"{where}, median of {facts['rounds']}")
-    for heading in ("N", "ratio"):
-        made.add_column(heading, justify="right")
-    made.add_column("method")
-    for heading in ("ms", "p20-p80", "x dense", "ideal", "of ideal", "error", "kept"):
-        made.add_column(heading, justify="right")
-    for index, row in enumerate(rows):
-        after = rows[index + 1] if index + 1 < len(rows) else None
-        speedup = f"{row.speedup:.2f}"
-        made.add_row(
-            str(row.size),
-            "" if row.ratio is None else f"{row.ratio:g}",
-            row.method,
-            f"{row.median:.2f}",
-            f"{row.p20:.2f}-{row.p80:.2f}",
-            f"[red]{speedup}[/red]" if row.speedup < 1 else speedup,
-            f"{row.ideal:.2f}",
-            f"{row.speedup / row.ideal:.0%}",
-            "" if row.error is None else f"{row.error:.3f}",
-            "" if row.kept is None else f"{row.kept:.0%}",
-            end_section=after is None or (after.size, after.ratio) != (row.size, row.ratio),
-        )
-    return made
+    caption = f"{where}, median of {facts['rounds']}; <: slower than dense"
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(title, caption, "\t".join(HEADINGS), sep="\n")
+        print(*("\t".join(cells(row)) for row in rows), sep="\n")
+        return
+    made = Table(title=title, caption=caption)
+    for heading in HEADINGS:
+        made.add_column(heading, justify="left" if heading == "method" else "right")
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        ends = after is None or (after.size, after.ratio) != (row.size, row.ratio)
+        made.add_row(*cells(row), end_section=ends)
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(made)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -358,14 +380,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Measure, print, and write what was asked for."""
     args = arguments(argv)
-    console, facts = Console(), machine(args)
-    if not console.is_terminal:
-        console = Console(width=120)
+    facts = machine(args)
     rows: list[Row] = []
     for size in args.sizes:
-        with console.status(f"N={size}"):
-            rows += measure(size, args.ratios, args)
-    console.print(table(rows, facts))
+        print(f"N={size} ...", file=sys.stderr)
+        rows += measure(size, args.ratios, args)
+    show(rows, facts)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         content = {**facts, "rows": [asdict(row) for row in rows]}
