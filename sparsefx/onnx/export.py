@@ -141,7 +141,13 @@ def _eval_copy(model: nn.Module) -> nn.Module:
     """Copy everything but the parameters, which nothing here writes to."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, shared).eval()
+    try:
+        return copy.deepcopy(model, shared).eval()
+    except (RuntimeError, TypeError) as error:  # a tensor with a history, a lock, a file
+        raise ExportError(
+            f"the model can't be copied: {error} (torch.nn.utils.prune.remove and "
+            "remove_weight_norm bake what they have put in a parameter's place)"
+        ) from error
 
 
 def _mask(model: nn.Module, weights: Sequence[Weight]) -> None:

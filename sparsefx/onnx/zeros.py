@@ -149,15 +149,20 @@ def find_zeros(model: nn.Module, args: Sequence[object], config: SparseConfig) -
             if id(tensor) in weights:
                 given[id(known)] = weights[id(tensor)]
 
-    zeros = Zeros()
+    zeros, readings = Zeros(), dict[int, list[_Reading]]()
     with torch.no_grad():
         for record in record_graphs(model, config, args, {}, seen=seen):
             found: list[_Decided] = []
             trace_again(record, lambda graph, found=found: found.append(_decide(graph, config)))  # type: ignore[misc]
             for decided in found:
                 zeros.depth += decided.depth
-                _collect(decided, given)
-    zeros.weights = [weight for weight in weights.values() if weight.masked]
+                for weight, reading in _readings(decided, given):
+                    readings.setdefault(id(weight), []).append(reading)
+    for weight in given.values():
+        found_here = readings.pop(id(weight), [])
+        if any(reading.pattern is not None for reading in found_here):
+            weight.uses = [_use(reading, weight.tensor) for reading in found_here]
+            zeros.weights.append(weight)
     return zeros
 
 
@@ -188,7 +193,23 @@ def _decide(graph: GraphModule, config: SparseConfig) -> _Decided:
     return _Decided(stages.get("select_sites", graph), plans)
 
 
-def _collect(decided: _Decided, given: Mapping[int, Weight]) -> None:
+@dataclass(frozen=True)
+class _Reading:
+    """A use that is found but not evaluated: ``user`` reads ``node``, a view of ``source``."""
+
+    source: Node
+    node: Node
+    user: Node
+    plan: Plan | None
+
+    @property
+    def pattern(self) -> NM | None:
+        """The zeros that it wants."""
+        found = self.plan.decision.pattern if self.plan and self.plan.decision else None
+        return found if isinstance(found, NM) and _weight_operand(self.user) is self.node else None
+
+
+def _readings(decided: _Decided, given: Mapping[int, Weight]) -> Iterator[tuple[Weight, _Reading]]:
     sources = {
         node: given[id(node.meta.get(INPUT))]
         for node in decided.gm.graph.nodes
@@ -198,8 +219,8 @@ def _collect(decided: _Decided, given: Mapping[int, Weight]) -> None:
         if (plan := decided.plan(node)) is not None and plan.decision is not None:
             _refuse_other_than_zeros(node, plan, sources)
     for source, weight in sources.items():
-        read = _Reader(source, weight.tensor)
-        weight.uses += [_use(node, user, decided, read) for node, user in _readers(source)]
+        for node, user in _readers(source):
+            yield weight, _Reading(source, node, user, decided.plan(user))
 
 
 def _refuse_other_than_zeros(node: Node, plan: Plan, sources: Container[Node]) -> None:
@@ -242,22 +263,21 @@ def _readers(source: Node) -> Iterator[tuple[Node, Node]]:
             yield source, user
 
 
-def _use(node: Node, user: Node, decided: _Decided, read: _Reader) -> Use:
-    plan = decided.plan(user)
+def _use(reading: _Reading, tensor: Tensor) -> Use:
+    node, user, plan, pattern = reading.node, reading.user, reading.plan, reading.pattern
     op = "output" if user.op == "output" else naming.op_name(user.target)
-    pattern = plan.decision.pattern if plan is not None and plan.decision is not None else None
-    if not isinstance(pattern, NM) or _weight_operand(user) is not node:
+    view = _View(reading.source, tensor)
+    if pattern is None or plan is None:
         layer = plan.site.layer if plan is not None else naming.layer_of(user, None)
-        return Use(layer, op, read.index(node))
-    assert plan is not None
+        return Use(layer, op, view.index(node))
     # as rewrite_nm does: groups along K, which a stored matrix holds where the views leave it
     stored, flipped = (node, False) if plan.site.kind == "conv" else peel(node)
     dim = 1 if flipped or plan.site.kind == "conv" else 0
-    mask = ops.nm_mask(read.value(stored), pattern.n, pattern.m, dim, pattern.transposable)
-    return Use(plan.site.layer, op, read.index(stored), mask, pattern, dim)
+    mask = ops.nm_mask(view.value(stored), pattern.n, pattern.m, dim, pattern.transposable)
+    return Use(plan.site.layer, op, view.index(stored), mask, pattern, dim)
 
 
-class _Reader:
+class _View:
     """Evaluates views of a parameter: on its values, and on the numbers of its elements."""
 
     def __init__(self, source: Node, tensor: Tensor) -> None:

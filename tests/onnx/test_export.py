@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import sparsefx as sfx
 from sparsefx import masks
@@ -208,6 +209,14 @@ def test_what_the_exporter_refuses_is_said_shortly(tmp_path):
     with pytest.raises(sfx.ExportError, match=r"torch\.onnx\.export can't write") as caught:
         sfx.export_onnx(Branches(), torch.ones(2), tmp_path / "m.onnx")
     assert "Next steps" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_can_not_be_copied(tmp_path):
+    model = nn.Linear(8, 8)
+    prune.l1_unstructured(model, "weight", 0.5)
+    with pytest.raises(sfx.ExportError, match=r"model can't be copied: .*prune\.remove"):
+        sfx.export_onnx(model, torch.ones(2, 8), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
