@@ -1,0 +1,72 @@
+"""Every example runs as a reader would run it, and says what it promises to say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(root: Path, name: str, *arguments: str) -> str:
+    """Run an example in a process of its own; return what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", str(root / "examples" / name), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=540,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_inspect(root: Path):
+    said = run(root, "01_inspect.py")
+    assert "channels per group=3 is not a multiple of m=4 (1 product)" in said
+    assert "hidden.forward: 2:4 transposable, 4096 FLOPs" in said
+    assert "+%13 = nm_mask(%3, 2, 4, 1, True) : bool[32, 16]" in said
+    assert "sampled_conv_weight(" in said
+    assert "<sparsefx Report: 2 of 8 products sparse, 1 graph" in said
+
+
+def test_own_rule(root: Path):
+    said = run(root, "02_own_rule.py")
+    for line in (
+        "patches forward: dense: no rule matches",
+        "blocks.0.up grad_weight: sampled 0.3",
+        "blocks.1.up grad_input: 1:4",
+        "blocks.1.down grad_weight: sampled 0.25",
+        "head forward: dense: N=30 is not a multiple of m=4 (transposable)",
+        "read back and equal: True",
+        "Sampled: ratio=1.3 must be in (0, 1]",
+    ):
+        assert line in said, line
+    losses = [float(line.split()[-1]) for line in said.splitlines() if ": loss " in line]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+
+
+def test_own_pass(root: Path):
+    said = run(root, "03_own_pass.py")
+    assert "+%5 = clamp(%4, -0.001, 0.001) : float32[5, 3]" in said
+    assert "share_masks > clip_gradients > cleanup" in said
+    rows = [line.split() for line in said.splitlines() if line.startswith("  ")]
+    found = {row[0]: row[1:] for row in rows if row and row[0].endswith(".weight")}
+    assert found["fc1.weight"][1] == found["fc2.weight"][1] == "0.00100"
+    assert found["out.weight"][0] == found["out.weight"][1]
+
+
+@pytest.mark.slow
+def test_quickstart(root: Path):
+    said = run(root, "quickstart.py", "--quick")
+    rows = [line for line in said.splitlines() if " ms" in line]
+    assert len(rows) == 8, said  # two models, four configs
+    for products in ("dense", "2:4 transposable", "sampled 0.3", "all three"):
+        assert sum(products in row for row in rows) == 2, said
+    assert "MLP, sampled 0.3: fc2 (all three)" in said
+    assert "conv1     forward" in said  # the report of the CNN
+    assert "A quick run: accuracy is not judged." in said
