@@ -25,7 +25,7 @@ clamp = torch.ops.aten.clamp.default
 
 
 def clip_gradients(gm: GraphModule) -> PassResult:
-    """dw = sampled(...)  ->  clamp(dw, -LIMIT, LIMIT), for the gradient dw of a weight."""
+    """Weight gradient dw = sampled(...)  ->  clamp(dw, -LIMIT, LIMIT)."""
     result = PassResult(gm)
     for node in list(gm.graph.nodes):
         plan = plan_of(node)  # what the products are: layer, role, shape, decision

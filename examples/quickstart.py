@@ -287,6 +287,7 @@ def main() -> int:
     options = arguments()
     # Inductor's own import of torch.utils.mkldnn declares ScriptModules.
     warnings.filterwarnings("ignore", ".torch.jit.script_method. is deprecated", DeprecationWarning)
+    torch.set_num_threads(1)  # nets this small gain nothing from a second, and others may need it
     console = Console(width=WIDTH)
     started = time.perf_counter()
     data = digits()
