@@ -13,7 +13,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
-from sparsefx.rewriting import PLAN, PassResult, arguments, emit, finish, inline, plan_of, value
+from sparsefx.rewriting import (
+    PLAN,
+    PassResult,
+    arguments,
+    emit,
+    failing_at,
+    finish,
+    inline,
+    plan_of,
+    value,
+)
 
 aten = torch.ops.aten
 
@@ -30,11 +40,13 @@ def cleanup(gm: GraphModule) -> PassResult:
         key = plan.site.group if plan is not None else node
         other = halves.pop(key, None)
         if other is not None and other.target is not node.target:
-            _join(other, node)
+            with failing_at("cleanup", node):
+                _join(other, node)
         else:
             halves[key] = node
     for node in halves.values():
-        inline(node)
+        with failing_at("cleanup", node):
+            inline(node)
     finish(gm)
     return result
 

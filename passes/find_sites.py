@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from sparsefx import naming, ops
 from sparsefx.compat import OpOverload, settled
 from sparsefx.plan import Kind, Plan, Role, Site, Size
-from sparsefx.rewriting import INPUT, PLAN, PassResult, arguments, peel, plan_of, value
+from sparsefx.rewriting import INPUT, PLAN, PassResult, arguments, failing_at, peel, plan_of, value
 
 aten = torch.ops.aten
 
@@ -47,14 +47,19 @@ _VIEWS = {
 }  # fmt: skip
 
 
-def find_sites(gm: GraphModule) -> PassResult:
-    """Run the pass."""
+def find_sites(gm: GraphModule, *, excluded: Iterable[str] = ()) -> PassResult:
+    """Run the pass; forward products named in ``excluded`` and their gradients are no sites."""
     result, before = PassResult(gm), {n: plan_of(n) for n in gm.graph.nodes}
-    graph = _Graph(gm)
-    for group, node in enumerate(graph.forwards):
-        node.meta[PLAN] = Plan(_forward_site(node, group, graph))
+    graph, left_alone = _Graph(gm), set(excluded)
+    for group, node in enumerate(graph.forwards):  # a group's number never depends on `excluded`
+        if node.name in left_alone:
+            continue
+        with failing_at("find_sites", node):
+            node.meta[PLAN] = Plan(_forward_site(node, group, graph))
+    graph.drop(left_alone)
     for node in graph.backwards:
-        _mark_backward(node, graph)
+        with failing_at("find_sites", node):
+            _mark_backward(node, graph)
     for node in gm.graph.nodes:
         if plan_of(node) != _undecided(before.get(node)):
             result.modified = True
@@ -91,6 +96,12 @@ class _Graph:
         self.by_seq: dict[object, list[Node]] = {}
         for node in self.forwards:
             self.by_seq.setdefault(node.meta.get("seq_nr"), []).append(node)
+
+    def drop(self, names: set[str]) -> None:
+        """Forget forward products: their gradients then belong to none."""
+        self.forwards = [node for node in self.forwards if node.name not in names]
+        for seq, nodes in self.by_seq.items():
+            self.by_seq[seq] = [node for node in nodes if node.name not in names]
 
 
 def _schema(node: Node) -> str:

@@ -12,13 +12,23 @@ Keeps    values, shapes, provenance.
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
-from sparsefx.rewriting import PassResult, Traced, finish, inline, sites_failed, value
+from sparsefx.rewriting import (
+    Failure,
+    PassResult,
+    SitesFailedError,
+    Traced,
+    finish,
+    inline,
+    sites_failed,
+    value,
+)
 
 
 def inline_references(gm: GraphModule) -> PassResult:
     """Run the pass."""
-    result, failures = PassResult(gm), []
+    result = PassResult(gm)
     traced: Traced = {}
+    failures: list[Failure] = []
     for node in list(gm.graph.nodes):
         if not ops.is_sparse_op(node.target):
             continue
@@ -29,11 +39,12 @@ def inline_references(gm: GraphModule) -> PassResult:
         try:
             inline(node, traced)
         except Exception as error:  # any error here must leave the site dense, not crash
-            failures.append((node, error))
+            # told at once: its users still say which layer it serves
+            failures += sites_failed("inline_references", [(node, error)]).failures
             continue
         result.modified = True
     if failures:
-        raise sites_failed("inline_references", failures)
+        raise SitesFailedError("inline_references", failures)
     if result.modified:
         finish(gm)
     return result

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from sparsefx.config import Dense, SparseConfig
 from sparsefx.plan import Decision, Plan, Role
 from sparsefx.policy import Profitable, decide
-from sparsefx.rewriting import PLAN, PassResult, plan_of
+from sparsefx.rewriting import PLAN, PassResult, failing_at, plan_of
 
 
 def select_sites(
@@ -45,12 +45,13 @@ def select_sites(
         plans = {role: node.meta[PLAN] for role, node in nodes.items()}
         if "forward" not in plans:
             continue
-        decisions = decide(
-            {role: plan.site for role, plan in plans.items()},
-            config,
-            failed=(failed or {}).get(group, ""),
-            unprofitable=unprofitable,
-        )
+        with failing_at("select_sites", nodes["forward"]):  # a predicate may raise
+            decisions = decide(
+                {role: plan.site for role, plan in plans.items()},
+                config,
+                failed=(failed or {}).get(group, ""),
+                unprofitable=unprofitable,
+            )
         for role, node in nodes.items():
             _decide(node, plans[role], decisions[role], result)
     return result

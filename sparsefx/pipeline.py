@@ -12,7 +12,7 @@ from functools import partial
 
 from torch.fx import GraphModule
 
-from sparsefx import cost, ops, passes
+from sparsefx import cost, naming, ops, passes
 from sparsefx.config import Dense, GraphPass, SparseConfig
 from sparsefx.errors import PassError
 from sparsefx.plan import Decision, Plan
@@ -63,7 +63,7 @@ def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[t
     own = [function for function in config.passes if function not in known.passes]
     return [
         ("canonicalize", partial(passes.canonicalize, excluded=known.nodes)),
-        ("find_sites", passes.find_sites),
+        ("find_sites", partial(passes.find_sites, excluded=known.nodes)),
         (
             "select_sites",
             partial(
@@ -112,23 +112,16 @@ def run(gm: GraphModule, config: SparseConfig, observe: Observer | None = None) 
                 _learn(outcome, running, work, result)
                 if observe is not None:
                     stages.append((running, copy_graph_module(work), result))
-        except SitesFailedError as error:
+        except Exception as error:  # whatever a pass raises, the model must still run, dense
+            message = _message(running, error, work)
             if config.strict:
-                raise PassError(_message(error.pass_name, error)) from error
-            failures.append(_message(error.pass_name, error))
-            if not _exclude(known, error):
+                raise PassError(message) from error
+            failures.append(message)
+            if function in config.passes:
+                known.passes[function] = message
+            elif not (isinstance(error, SitesFailedError) and _exclude(known, error)):
                 return _all_dense(gm, config, failures)
             continue
-        except Exception as error:  # whatever a pass raises, the model must still run, dense
-            message = f"{running} failed: {type(error).__name__}: {error}"
-            if config.strict:
-                raise PassError(f"{message} (in the whole graph)") from error
-            failures.append(message)
-            mine = [f for f in config.passes if getattr(f, "__name__", "pass") == running]
-            if mine and mine[0] not in known.passes:
-                known.passes[mine[0]] = message
-                continue
-            return _all_dense(gm, config, failures)
         break
     outcome.failures = failures
     if config.passes or any(plan.decision and not plan.decision.dense for plan in outcome.plans):
@@ -164,12 +157,16 @@ def _decline(outcome: Outcome, plan: Plan, reason: str) -> None:
             outcome.plans[i] = other.decided(Decision(Dense(), reason))
 
 
-def _message(pass_name: str, error: SitesFailedError) -> str:
-    where = "; ".join(
-        f"{pass_name} failed at node {f.node!r} of layer {f.layer!r}: {f.error}"
+def _message(name: str, error: Exception, gm: GraphModule) -> str:
+    """Name pass, node and layer; a node that has no plan yet is named by its module stack."""
+    if not isinstance(error, SitesFailedError):
+        return f"{name} failed: {type(error).__name__}: {error} (in the whole graph)"
+    nodes = {node.name: node for node in gm.graph.nodes}
+    return "; ".join(
+        f"{name} failed at node {f.node!r} of layer "
+        f"{f.layer or naming.layer_of(nodes[f.node], None)!r}: {f.error}"
         for f in error.failures
     )
-    return where
 
 
 def _exclude(known: _Exclusions, error: SitesFailedError) -> bool:

@@ -204,8 +204,18 @@ def _name_of(rules: Mapping[Any, Rule]) -> str:
     return "pass"
 
 
+def _owner(node: Node) -> Plan | None:
+    """The plan of a node, or of the product that a mask or a draw was made for."""
+    queue = [node]
+    for candidate in queue:
+        if (plan := plan_of(candidate)) is not None:
+            return plan
+        queue += [user for user in candidate.users if user not in queue]
+    return None
+
+
 def _failure(node: Node, error: Exception) -> Failure:
-    plan = plan_of(node)
+    plan = _owner(node)
     return Failure(
         node=node.name,
         layer=plan.site.layer if plan else "",
