@@ -13,6 +13,7 @@ import operator
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
@@ -63,6 +64,8 @@ def _split_convolution_backward(item: Node) -> Node | Skip | None:
     backward, index = arguments(item)
     if not isinstance(backward, Node) or backward.target is not aten.convolution_backward.default:
         return None
+    if not isinstance(item.meta.get("val"), Tensor):
+        return None  # not computed: the output mask leaves it out
     grad, x, w, _, stride, padding, dilation, transposed, _, groups, _ = arguments(backward)
     if transposed:
         return Skip("transposed convolution")
