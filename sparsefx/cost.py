@@ -63,6 +63,8 @@ def unprofitable(site: Site, decision: Decision) -> str:
         return f"not profitable: N:M runs as a masked dense product on {site.device}"
     if not isinstance(decision.pattern, Sampled):
         return ""
+    if not all(map(compat.has_size, (site.batch, *site.shape))):
+        return "not profitable: its sizes depend on data"
     m, n, k = map(compat.size_hint, site.shape)
     saved = dense_flops(site) - sparse_flops(site, decision.pattern)
     elements = compat.size_hint(site.batch) * (m * k + k * n)
