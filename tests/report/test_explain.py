@@ -116,6 +116,28 @@ def test_graph_breaks_make_several_graphs_in_one_report():
     assert "2 graphs" in repr(report)
 
 
+def chosen_rows(x, w):
+    return (x[x[:, 0] > 0] @ w).relu()  # how many rows there are depends on data
+
+
+def test_a_size_that_depends_on_data_is_not_counted():
+    x, w = torch.randn(16, 8), torch.randn(8, 4)
+    half = Sampled(0.5, inference=True)
+    cfg = SparseConfig(rules=[Rule("*", forward=half)])
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        report = sfx.explain(chosen_rows, config=cfg)(x, w)
+    (row,) = report.sites
+    assert (row.shape, row.flops_dense, row.decision) == ((None, 4, 8), None, half)
+    assert report.totals.unknown == 1
+    assert "~?×4×8" in str(report)  # noqa: RUF001
+    assert "not counted: 1 product whose sizes depend on data" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["sites"][0]["shape"] == [row.symbols["M"], 4, 8]
+    asked = SparseConfig(rules=cfg.rules, select="profitable")
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        (row,) = sfx.explain(chosen_rows, config=asked)(x, w).sites
+    assert row.reason == "not profitable: its sizes depend on data"
+
+
 def test_dynamic_shapes():
     model, x = Net(), torch.randn(6, 8)
     torch._dynamo.mark_dynamic(x, 0)
@@ -127,7 +149,7 @@ def test_dynamic_shapes():
     assert data["sites"][0]["shape"] == [symbol, 16, 8]
     assert data["sites"][0]["flops_dense_expression"] == f"2*1*{symbol}*16*8"
     assert data["sites"][0]["flops_dense"] == 2 * 6 * 16 * 8
-    assert "~6×16×8" in str(report)
+    assert "~6×16×8" in str(report)  # noqa: RUF001
     assert report.totals.saved_bytes > 0
 
 

@@ -1,5 +1,7 @@
 """str(report): golden text, 120 columns whatever the names, each reason once."""
 
+# ruff: noqa: RUF001  # sizes are written with a multiplication sign
+
 import pytest
 import torch
 from expecttest import assert_expected_inline as assert_text
@@ -14,7 +16,9 @@ def test_text():
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
     rule = Rule("*", forward=NM(2, 4), grad_weight=Sampled(0.5))
     report = sfx.explain(model, config=SparseConfig(rules=[rule]))(torch.randn(8, 16))
-    assert_text(str(report), """\
+    assert_text(
+        str(report),
+        """\
 layer  role         M×N×K    dtype    decision     runs as               FLOPs
 ──────────────────────────────────────────────────────────────────────────────
 0      forward      8×32×16  float32  2:4          masked dense   8.19K → 4.1K
@@ -37,7 +41,8 @@ saved activation bytes  1.02K   1.02K  100%
 legend:
   FLOPs: of the full product, then what the pattern leaves
   masked dense: the full product runs with a masked operand: right, but no faster
-  gathered: the sampled rows and columns are copied together, and a smaller dense product runs""")  # fmt: skip
+  gathered: the sampled rows and columns are copied together, and a smaller dense product runs""",
+    )
     assert repr(report) == "<sparsefx Report: 2 of 5 products sparse, 1 graph>"
 
 
