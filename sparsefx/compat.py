@@ -37,11 +37,18 @@ def has_kernel(op: str, key: str) -> bool:
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return the decompositions that Inductor traces with: what a joint graph may contain."""
+    """Return the decompositions that a joint graph is traced with: Inductor's, products apart.
+
+    On CPU Inductor turns a product of one row into pointwise arithmetic before any pass could see
+    it: what a layer computes would depend on the batch and the device.
+    """
     import torch._inductor.lowering  # noqa: F401  # max_pool2d's decomposition takes it as already imported
     from torch._inductor.decomposition import select_decomp_table
 
-    return select_decomp_table()
+    table = dict(select_decomp_table())
+    for product in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+        table.pop(product.default, None)
+    return table
 
 
 def trace_reference(function: Callable[..., Any], args: Sequence[Any]) -> GraphModule:
@@ -88,7 +95,10 @@ def compile_with_inductor(
     before = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     mine = _joint_pass(rewrite, identity, before)
     compiled: Any = compile_fx(
-        gm, list(inputs), config_patches={**patches, "joint_custom_pre_pass": mine}
+        gm,
+        list(inputs),
+        config_patches={**patches, "joint_custom_pre_pass": mine},
+        decompositions=decompositions(),
     )
     return compiled  # type: ignore[no-any-return]
 
