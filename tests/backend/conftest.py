@@ -34,8 +34,8 @@ def nm_mask(w: Tensor, n: int, m: int, dim: int) -> Tensor:
 def tile_mask(w: Tensor, n: int, m: int) -> Tensor:
     """The best of all m x m tiles with n per row and per column, found by trying each."""
     rows = [[float(i in kept) for i in range(m)] for kept in itertools.combinations(range(m), n)]
-    full = [t for t in itertools.product(rows, repeat=m) if {*map(sum, zip(*t))} == {n}]
-    tiles = torch.tensor(full, dtype=torch.float64)
+    tiles = torch.tensor([*itertools.product(rows, repeat=m)], dtype=torch.float64)
+    tiles = tiles[(tiles.sum(1) == n).all(1)]
     mask = torch.zeros_like(w, dtype=torch.bool)
     for i, j in itertools.product(range(0, w.shape[0], m), range(0, w.shape[1], m)):
         block = w.detach()[i : i + m, j : j + m].double().abs()
