@@ -70,6 +70,13 @@ def input_position(placeholder: Node, order: int) -> int:
     return described if isinstance(described, int) else order
 
 
+def lazy_graph_module(root: GraphModule, graph: torch.fx.Graph) -> GraphModule:
+    """Return a module that generates its code when it first runs; passes edit, they don't run."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
 # --- Inductor
 
 

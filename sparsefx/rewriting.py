@@ -307,7 +307,7 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     for node in gm.graph.nodes:
         env[node] = graph.node_copy(node, lambda n: env[n])
     graph.set_codegen(gm.graph._codegen)
-    copied = GraphModule(gm, graph)
+    copied = compat.lazy_graph_module(gm, graph)
     copied.meta.update(gm.meta)
     return copied
 
