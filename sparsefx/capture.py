@@ -147,9 +147,14 @@ def trace_again(
     gm = copy_graph_module(record.gm)
     with ExitStack() as modes:
         inputs = modes.enter_context(compat.retrace(gm))
+        # the modes of the record, not those around a report that is printed later
+        modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.set_grad_enabled(record.grad))
-        for device, dtype in record.autocast:
-            modes.enter_context(torch.autocast(device, dtype))
+        dtypes = dict(record.autocast)
+        for device in ("cpu", "cuda"):
+            if device in dtypes or torch.is_autocast_enabled(device):
+                on = device in dtypes
+                modes.enter_context(torch.autocast(device, dtypes.get(device), enabled=on))
         compat.compile_eagerly(gm, inputs, named, observe)
 
 
