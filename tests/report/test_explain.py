@@ -170,6 +170,21 @@ def test_a_compiled_model_tells_what_explain_tells(dynamic):
     assert ran.config is CFG
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_the_mode_around_a_report_does_not_change_it(mode):
+    compiled = compile_with(Net())
+    compiled(torch.randn(4, 8))
+    outside = sfx.explain(compiled)
+    with mode():
+        inside = sfx.explain(compiled)
+        text, stages = str(inside), inside.stages
+    assert (text, stages) == (str(outside), outside.stages)
+
+
 def test_compiled_twice_for_two_shapes_and_modes_tells_each_graph():
     compiled = compile_with(Net().eval(), dynamic=False)
     compiled(torch.randn(4, 8))
