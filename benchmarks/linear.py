@@ -281,6 +281,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "cpu": cpu,
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),  # "passive" suits a busy machine
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
