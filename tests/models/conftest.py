@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import sparsefx  # noqa: F401  # before its root leaves sys.path
+import sparsefx  # before its root leaves sys.path
 
 _ROOT = str(Path(__file__).parents[2])
 
@@ -60,7 +60,6 @@ class Case:
         outputs: layers that feed the model's output, which stay dense.
         firsts: layers that read an input which needs no gradient: no grad_input product.
         matmuls: layers with two matmuls of activations each, where attention isn't fused.
-        sizes: of a batch, where a test changes it.
     """
 
     model: nn.Module
@@ -81,7 +80,7 @@ class Case:
 
 
 def _of_size(value: Tensor, batch: int) -> Tensor:
-    again = torch.cat([value] * -(-batch // value.shape[0]))[:batch]
+    again = torch.cat([value] * -(-batch // value.shape[0]))[:batch].clone()
     if not value.is_floating_point():
         return again
     return again * torch.linspace(0.5, 1.5, batch, dtype=value.dtype).view(-1, 1, 1, 1)
@@ -98,12 +97,12 @@ def _images(batch: int, channels: int, size: int) -> Tensor:
     return torch.randn(batch, channels, size, size)
 
 
-def _gpt2(attention: str = "sdpa") -> Case:
+def _gpt2(attention: str = "sdpa", depth: int = 2) -> Case:
     config = transformers.GPT2Config(
-        **_TEXT, n_positions=16, n_embd=32, n_layer=2, n_head=4, use_cache=False,
+        **_TEXT, n_positions=16, n_embd=32, n_layer=depth, n_head=4, use_cache=False,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=attention,
     )  # fmt: skip
-    matmuls = tuple(f"transformer.h.{i}.attn" for i in range(2)) if attention == "eager" else ()
+    matmuls = tuple(f"transformer.h.{i}.attn" for i in range(depth)) if attention == "eager" else ()
     model = transformers.GPT2LMHeadModel(config)
     return Case(model, {"input_ids": _ids(2, 9)}, ("lm_head",), matmuls=matmuls)
 
@@ -137,10 +136,10 @@ def _vit() -> Case:
     return Case(model, {"pixel_values": _images(4, 4, 12)}, ("classifier",), firsts)
 
 
-def _resnet() -> Case:
+def _resnet(widths: tuple[int, ...] = (16, 32)) -> Case:
     config = transformers.ResNetConfig(
-        num_channels=3, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], num_labels=3,
-        layer_type="bottleneck",
+        num_channels=3, embedding_size=16, hidden_sizes=list(widths),
+        depths=[1] * len(widths), num_labels=3, layer_type="bottleneck",
     )  # fmt: skip
     model = transformers.ResNetForImageClassification(config)
     firsts = ("resnet.embedder.embedder.convolution",)
@@ -181,11 +180,13 @@ def _mixtral(experts: str | None = None) -> Case:
 
 _ZOO: dict[str, Callable[[], Case]] = {
     "gpt2": _gpt2,
+    "gpt2-small": partial(_gpt2, depth=1),
     "gpt2-eager-attention": partial(_gpt2, "eager"),
     "bert": _bert,
     "llama": _llama,
     "vit": _vit,
     "resnet": _resnet,
+    "resnet-small": partial(_resnet, (16,)),
     "convnext": _convnext,
     "t5": _t5,
     "mixtral": _mixtral,
@@ -326,7 +327,7 @@ class _Matrix:
 
 @dataclass(frozen=True)
 class _Convolution:
-    """y = conv(x [batch, in, *], w [out, in, *taps]); axis 0 is batch or out, 1 is channels or in."""
+    """y = conv(x [batch, in, *], w [out, in, *taps]): axis 0 is batch or out, 1 is channels."""
 
     geometry: tuple[Any, ...]  # stride, padding, dilation
 
@@ -421,9 +422,7 @@ class _Eager(TorchFunctionMode):
         self.choices: Choices = []
         self.called: list[str] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
             x, w, bias = (*args, *[None] * (3 - len(args)))
