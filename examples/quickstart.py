@@ -1,6 +1,6 @@
 """Train a convolutional net and an MLP on handwritten digits, dense and sparse side by side.
 
-    python examples/quickstart.py [--epochs N] [--seeds N] [--quick]
+    python examples/quickstart.py [--epochs N] [--seeds N] [--quick] [--codegen aot_eager]
 
 The data is scikit-learn's load_digits (1797 images of 8 x 8 pixels), which comes with the package.
 Every model is written as if sparsefx didn't exist; only the config given to torch.compile differs.
@@ -118,9 +118,10 @@ def digits() -> Digits:
     return Digits(train_x.float(), train_y.long(), test_x.float(), test_y.long())
 
 
-def prepare(model: nn.Module, config: sfx.SparseConfig | None) -> Run:
+def prepare(model: nn.Module, config: sfx.SparseConfig | None, codegen: str) -> Run:
     if config is None:
-        return Run(model, None, torch.compile(model), model)
+        return Run(model, None, torch.compile(model, backend=codegen), model)
+    config = dataclasses.replace(config, codegen=codegen)
     # Accuracy is measured once a run: the same rewriting, without waiting for Inductor.
     quickly = dataclasses.replace(config, codegen="aot_eager")
     return Run(
@@ -258,7 +259,7 @@ def learn(options: argparse.Namespace, data: Digits, console: Console) -> dict[s
         for name, make in (("MLP", MLP), ("CNN", CNN)):
             runs = results[name] = {}
             for label, config in CONFIGS.items():
-                run = runs[label] = prepare(make(), config)
+                run = runs[label] = prepare(make(), config, options.codegen)
                 bar = bars.add_task(
                     f"{name}, {label}", total=options.epochs * options.seeds, note="compiling"
                 )
@@ -276,6 +277,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--quick", action="store_true", help="1 seed, 2 epochs: shows that it runs, not how well"
+    )
+    parser.add_argument(
+        "--codegen", default="inductor", choices=("inductor", "aot_eager"), help="as in the config"
     )
     options = parser.parse_args()
     if options.quick:

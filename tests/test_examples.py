@@ -62,11 +62,12 @@ def test_own_pass(root: Path):
 
 @pytest.mark.slow
 def test_quickstart(root: Path):
-    said = run(root, "quickstart.py", "--quick")
+    # without Inductor, which takes minutes to compile eight graphs: `make demo` runs it with
+    said = run(root, "quickstart.py", "--quick", "--codegen", "aot_eager")
     rows = [line for line in said.splitlines() if " ms" in line]
     assert len(rows) == 8, said  # two models, four configs
     for products in ("dense", "2:4 transposable", "sampled 0.3", "all three"):
         assert sum(products in row for row in rows) == 2, said
     assert "MLP, sampled 0.3: fc2 (all three)" in said
-    assert "conv1     forward" in said  # the report of the CNN
+    assert "channels per group=1 is not a multiple of m=4" in said  # the report of the CNN
     assert "A quick run: accuracy is not judged." in said
