@@ -83,6 +83,7 @@ class _Graph:
 
     def __post_init__(self) -> None:
         nodes = list(self.gm.graph.nodes)
+        _tag_backward(nodes)
         self.has_backward = any(_is_backward(n) for n in nodes)
         for node in nodes:
             if node.op != "call_function" or not _has_floats(node):
@@ -122,6 +123,13 @@ def _opaque(node: Node) -> str:
         # where it is one operator no product shows, so what is sampled would depend on the device
         return "part of scaled_dot_product_attention, which other devices fuse"
     return ""
+
+
+def _tag_backward(nodes: Iterable[Node]) -> None:
+    """What waits for the backward belongs to it; a custom autograd function's nodes lack the tag."""
+    for node in nodes:
+        if node.op == "call_function" and any(map(_is_backward, node.all_input_nodes)):
+            node.meta["partitioner_tag"] = "is_backward"
 
 
 def _is_backward(node: Node) -> bool:
