@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import sparsefx as sfx
 
 BATCH = 1024
-SIZES = [256, 512, 1024, 2048, 4096]
+SIZES = [64, 128, 256, 512, 1024, 2048, 4096]
 RATIOS = [0.1, 0.3, 0.5]
 WARM_UP = 3  # rounds: the first ones compile and fill the allocator
 
