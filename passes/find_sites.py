@@ -126,7 +126,7 @@ def _opaque(node: Node) -> str:
 
 
 def _tag_backward(nodes: Iterable[Node]) -> None:
-    """What waits for the backward belongs to it; a custom autograd function's nodes lack the tag."""
+    """Tag what waits for the backward: the nodes of a custom autograd function lack the tag."""
     for node in nodes:
         if node.op == "call_function" and any(map(_is_backward, node.all_input_nodes)):
             node.meta["partitioner_tag"] = "is_backward"

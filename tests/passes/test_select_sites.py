@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch import nn
 
@@ -76,3 +77,31 @@ def test_what_is_not_profitable(joint):
     run_pass(no, gm)
     reasons = {layer: d.reason for (layer, role), d in decided(gm).items() if role == "forward"}
     assert reasons == {"0": "no: 0", "2": "no: 2", "4": "no: 4"}
+
+
+# Dynamo makes an instance of the function that it traces
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_backward_product_of_nothing(joint):
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            return grad @ x.t() @ x
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return Twice.apply(x)
+
+    gm = joint(Model(), torch.randn(3, 3, requires_grad=True)).gm
+    run_pass(canonicalize, gm)
+    run_pass(find_sites, gm)
+    found = run_pass(partial(select_sites, config=SparseConfig()), gm)
+    assert {p.site.role for p in plans(gm)} == {"other"}
+    assert set(found.skipped.values()) == {
+        "a backward product that belongs to no forward product of this graph"
+    }
