@@ -212,7 +212,7 @@ def count(dense: int, sparse: int) -> str:
 def table(results: dict[str, dict[str, Run]], data: Digits) -> Table:
     first = next(iter(next(iter(results.values())).values()))
     out = Table(
-        title=f"digits: mean of {len(first.accuracies)} seeds; FLOPs and time of one step of {BATCH}"
+        title=f"digits: mean of {len(first.accuracies)} seeds; FLOPs, time of one step of {BATCH}"
     )
     for name in ("", "products", "accuracy", "vs dense", *ROLES, "executed", "step"):
         out.add_column(name, justify="left" if name in ("", "products") else "right", no_wrap=True)
