@@ -36,6 +36,16 @@ def has_kernel(op: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
 
 
+class _Decompositions(dict[Any, Callable[..., Any]]):
+    """A table whose functions need no pickling: without that, Inductor's caches stay unused.
+
+    What it holds follows from this package's sources and torch's version, which are in the key.
+    """
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return decompositions, ()
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the decompositions that a joint graph is traced with: Inductor's, products apart.
 
@@ -45,7 +55,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     import torch._inductor.lowering  # noqa: F401  # max_pool2d's decomposition takes it as already imported
     from torch._inductor.decomposition import select_decomp_table
 
-    table = dict(select_decomp_table())
+    table = _Decompositions(select_decomp_table())
     for product in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
         table.pop(product.default, None)
     return table
