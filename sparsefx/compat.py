@@ -52,7 +52,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     On CPU Inductor turns a product of one row into pointwise arithmetic before any pass could see
     it: what a layer computes would depend on the batch and the device.
     """
-    import torch._inductor.lowering  # noqa: F401  # max_pool2d's decomposition takes it as already imported
+    import torch._inductor.lowering  # max_pool2d's decomposition takes it as already imported
     from torch._inductor.decomposition import select_decomp_table
 
     table = _Decompositions(select_decomp_table())
