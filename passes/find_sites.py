@@ -60,6 +60,7 @@ def find_sites(gm: GraphModule, *, excluded: Iterable[str] = ()) -> PassResult:
     for node in graph.backwards:
         with failing_at("find_sites", node):
             _mark_backward(node, graph)
+    _block_unpaired(graph)
     for node in gm.graph.nodes:
         if plan_of(node) != _undecided(before.get(node)):
             result.modified = True
@@ -266,6 +267,23 @@ def _mark_backward(node: Node, graph: _Graph) -> None:
                 source=naming.source_line(node),
             )
         )
+
+
+def _block_unpaired(graph: _Graph) -> None:
+    """Keep a forward exact whose gradient may be a product that wasn't recognised.
+
+    Such products come from an autograd.Function's own backward. They stay exact, so their forward
+    must, too: it shares their seq_nr, or it has no gradient that was recognised.
+    """
+    plans = {node: plan for node in graph.backwards if (plan := plan_of(node)) is not None}
+    unpaired = {node for node, plan in plans.items() if plan.site.role == "other"}
+    relatives = {node.meta.get("seq_nr") for node in unpaired}
+    paired = {plan.site.group for node, plan in plans.items() if node not in unpaired}
+    for forward in graph.forwards if unpaired else ():
+        plan = forward.meta[PLAN]
+        if forward.meta.get("seq_nr") in relatives or plan.site.group not in paired:
+            reason = plan.site.opaque or "its gradient may be a product that was not recognised"
+            forward.meta[PLAN] = Plan(replace(plan.site, opaque=reason))
 
 
 def _candidates(node: Node, graph: _Graph) -> Iterator[tuple[Node, Role, bool]]:

@@ -323,3 +323,41 @@ def test_decisions_outlive_a_second_run():
     assert not run_pass(find_sites, gm).modified
     assert plans(gm) == before
     assert before[0].decision.pattern == NM(2, 4)
+
+
+class _Scaled(torch.autograd.Function):
+    """A product whose backward is its author's, not the product's derivative."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ (w * 1.5), grad.t() @ x
+
+
+def test_a_forward_with_a_backward_of_its_own_stays_dense():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.w = nn.Parameter(torch.randn(8, 8))
+            self.last = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.last(_Scaled.apply(self.first(x).relu(), self.w).relu())
+
+    gm = capture(Model(), torch.randn(6, 8))
+    run_pass(canonicalize, gm)
+    run_pass(find_sites, gm)
+    rules = [Rule("*", forward=NM(2, 4))]
+    run_pass(partial(select_sites, config=SparseConfig(rules=rules)), gm)
+    decided = {(p.site.layer, p.site.role): p.decision for p in plans(gm)}
+    assert str(decided["first", "forward"].pattern) == "2:4"
+    (own,) = (d for (layer, role), d in decided.items() if layer not in ("first", "last")
+              and role == "forward")  # fmt: skip
+    assert own.dense
+    assert own.reason == "its gradient may be a product that was not recognised"
