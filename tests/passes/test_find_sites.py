@@ -339,6 +339,8 @@ class _Scaled(torch.autograd.Function):
         return grad @ (w * 1.5), grad.t() @ x
 
 
+# Dynamo itself instantiates the Function that it traces
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_forward_with_a_backward_of_its_own_stays_dense():
     class Model(nn.Module):
         def __init__(self):
