@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import pathlib
@@ -108,6 +109,7 @@ def cache_identity(record: Compilation, patches: Mapping[str, Any]) -> str | Non
     facts = {
         "sources": _sources(),
         "torch": torch.__version__,
+        "triton": _triton_version(),
         "config": config,
         "inputs": [[i.name, i.kind] for i in record.inputs],
         "names": names,
@@ -157,6 +159,13 @@ def _sources() -> str:
         if path.suffix in (".py", ".cpp", ".cu"):
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @functools.cache
