@@ -56,6 +56,6 @@ def _report_of(compiled: Any) -> Report:
         )
     raise SparsefxError(
         f"nothing of this {what} was compiled yet: call it once, then explain it. (torch skips "
-        "some, such as a plain nn.Sequential compiled by its own .compile(), and reuses the code of "
-        "another instance compiled alike: explain(model, config=...)(inputs) works for both)"
+        "some, such as a plain nn.Sequential compiled by its own .compile(), and reuses the code "
+        "of another instance compiled alike: explain(model, config=...)(inputs) works for both)"
     )
