@@ -31,6 +31,7 @@ from sparsefx.rewriting import (
     emit,
     finish,
     flip,
+    in_node_orientation,
     peel,
     plan_of,
     rewrite_nodes,
@@ -83,16 +84,7 @@ def _mm(mm: Node) -> Node | Skip | None:
         out = emit(mm, ops.masked_mm, x, w, _mask(mm, w, nm, dim), bias)
     else:
         out = emit(mm, ops.nm_mm, x, w, bias, nm.n, nm.m, dim, False)
-    return _unflipped(mm, out, plan)
-
-
-def _unflipped(anchor: Node, out: Node, plan: Plan) -> Node:
-    if not plan.flipped:
-        return out
-    out.meta[PLAN] = plan
-    turned = flip(anchor, out)
-    turned.meta[PLAN] = None
-    return turned
+    return in_node_orientation(mm, out, plan)
 
 
 def _mask(anchor: Node, w: Node, nm: NM, dim: int) -> Node:

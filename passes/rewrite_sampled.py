@@ -26,12 +26,12 @@ from sparsefx.config import Sampled
 from sparsefx.plan import Plan
 from sparsefx.policy import sampled_exact
 from sparsefx.rewriting import (
-    PLAN,
     PassResult,
     Skip,
     arguments,
     emit,
     flip,
+    in_node_orientation,
     plan_of,
     rewrite_nodes,
     size,
@@ -118,21 +118,12 @@ def _mm_gradient(drawn: Node, mm: Node, plan: Plan) -> Node:
     if plan.site.role == "grad_input":  # g @ w.T, or w @ g.T
         grad, w = (flip(mm, right), left) if plan.flipped else (left, flip(mm, right))
         out = emit(mm, ops.sampled_mm_grad_input, grad, w, drawn)
-        return _turned(mm, out, plan)
+        return in_node_orientation(mm, out, plan)
     # x.T @ g, or g.T @ x
     x, grad = (right, flip(mm, left)) if plan.flipped else (flip(mm, left), right)
     saved = _save(drawn, ops.gather_columns, x)
     depth = size(mm, x, 1)
     return emit(mm, ops.sampled_mm_grad_weight, saved, grad, drawn, depth, plan.flipped)
-
-
-def _turned(anchor: Node, out: Node, plan: Plan) -> Node:
-    if not plan.flipped:
-        return out
-    out.meta[PLAN] = plan
-    turned = flip(anchor, out)
-    turned.meta[PLAN] = None
-    return turned
 
 
 def _save(drawn: Node, op: object, x: Node) -> Node:
@@ -155,11 +146,11 @@ def _bmm(indices: dict[int, Node], bmm: Node) -> Node | Skip | None:
     drawn = indices[plan.site.group]
     if plan.site.role == "grad_input":
         grad, w = (flip(bmm, right), left) if plan.flipped else (left, flip(bmm, right))
-        return _turned(bmm, emit(bmm, ops.sampled_bmm_grad_input, grad, w, drawn), plan)
+        return in_node_orientation(bmm, emit(bmm, ops.sampled_bmm_grad_input, grad, w, drawn), plan)
     x, grad = (right, flip(bmm, left)) if plan.flipped else (flip(bmm, left), right)
     saved = _save(drawn, ops.gather_columns, x)
     out = emit(bmm, ops.sampled_bmm_grad_weight, saved, grad, drawn, size(bmm, x, 2))
-    return _turned(bmm, out, plan)
+    return in_node_orientation(bmm, out, plan)
 
 
 def _conv_side(pattern: Sampled) -> str:

@@ -294,6 +294,19 @@ def flip(anchor: Node, node: Node) -> Node:
     return emit(anchor, aten.permute.default, node, [*range(rank - 2), rank - 1, rank - 2])
 
 
+def in_node_orientation(anchor: Node, out: Node, plan: Plan) -> Node:
+    """Transpose ``out`` if the node that it replaces computes the product's transpose.
+
+    The plan stays with ``out``, which is the product.
+    """
+    if not plan.flipped:
+        return out
+    out.meta[PLAN] = plan
+    turned = flip(anchor, out)
+    turned.meta[PLAN] = None
+    return turned
+
+
 def size(anchor: Node, node: Node, dim: int) -> int | Node:
     """Return a size: an int, or the node that reads it where it is symbolic."""
     found = compat.settled(value(node).shape[dim])
