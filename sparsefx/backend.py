@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import json
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -120,21 +121,30 @@ def cache_identity(record: Compilation, patches: Mapping[str, Any]) -> str | Non
 
 
 def _config_identity(config: SparseConfig) -> Any:
-    """Plain data, with the sources of functions; None where a function has no source."""
-    functions = [*config.passes]
+    """Plain data that stands for the config; None where a function can't be known."""
     rules = config.effective_rules()
-    functions += [r.match for r in rules if not isinstance(r.match, str | type)]
-    sources = []
-    for function in functions:
-        if getattr(function, "__closure__", None):
-            return None  # what it closes over can't be known
-        try:
-            path = inspect.getsourcefile(function)
-            sources.append([function.__qualname__, pathlib.Path(path or "").read_text("utf-8")])
-        except (TypeError, OSError, AttributeError):
-            return None
-    return {"repr": repr([rules, _plain(config)]) if not functions else _plain(config),
-            "rules": [_rule_identity(rule) for rule in rules], "sources": sources}  # fmt: skip
+    functions = [*config.passes, *(r.match for r in rules if not isinstance(r.match, str | type))]
+    known = [_function_identity(function) for function in functions]
+    if None in known:
+        return None
+    return {
+        "options": _plain(config),
+        "rules": [_rule_identity(rule) for rule in rules],
+        "functions": known,
+    }
+
+
+def _function_identity(function: Any) -> list[str] | None:
+    """Source file and place in it: two lambdas share a name; None where state may hide."""
+    if not isinstance(function, types.FunctionType) or function.__closure__:
+        return None  # a bound method, a callable object, a closure
+    try:
+        source = pathlib.Path(inspect.getsourcefile(function) or "").read_text("utf-8")
+    except (TypeError, OSError):
+        return None
+    place = list(function.__code__.co_positions())
+    defaults = function.__defaults__, function.__kwdefaults__
+    return [function.__qualname__, source, repr(place), repr(defaults)]
 
 
 def _rule_identity(rule: Any) -> list[str]:
