@@ -47,7 +47,7 @@ def packed_weight_bytes(site: Site, pattern: Pattern) -> int:
     return int(count * _BYTES.get(site.dtype, 4) + count * index_bits // 8)
 
 
-def executes_dense(op: str, device: str) -> bool:
+def executes_dense(op: str) -> bool:
     """Whether an op runs the full product with a masked operand: right, but no faster."""
     return op.startswith(("masked_", "nm_"))
 

@@ -104,7 +104,7 @@ def _row(plan: Plan, forward: Plan | None, ops: Mapping[Key, str], graph: int) -
     full = left = executed = None
     if all(map(compat.has_size, (site.batch, *site.shape))):
         full, left = cost.dense_flops(site), cost.sparse_flops(site, pattern, follows)
-        executed = full if cost.executes_dense(op, site.device) else left
+        executed = full if cost.executes_dense(op) else left
     sizes = dict(zip(("M", "N", "K", "batch"), (*site.shape, site.batch), strict=True))
     m, n, k, batch = (compat.size_hint(s) if compat.has_size(s) else None for s in sizes.values())
     return Row(
@@ -143,6 +143,6 @@ def lowering_of(op: str, device: str) -> str:
     kernel = kernel_for(op, device)
     if kernel is not None:
         return str(kernel)
-    if cost.executes_dense(op, device):
+    if cost.executes_dense(op):
         return MASKED_DENSE
     return "gathered conv" if "conv" in op else "gathered GEMM"
