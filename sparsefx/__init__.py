@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sparsefx import kernels, masks, ops
+from sparsefx import kernels, masks, ops, sparsifiers
 from sparsefx.config import NM, Dense, Rule, Sampled, SparseConfig, preset
 from sparsefx.errors import (
     ConfigError,
@@ -11,6 +11,7 @@ from sparsefx.errors import (
     MaskError,
     PassError,
     SparsefxError,
+    SparsifierError,
 )
 from sparsefx.pipeline import SparsefxWarning
 from sparsefx.registration import register_backend
@@ -31,10 +32,12 @@ __all__ = [
     "SparseConfig",
     "SparsefxError",
     "SparsefxWarning",
+    "SparsifierError",
     "explain",
     "masks",
     "ops",
     "preset",
+    "sparsifiers",
 ]
 
 kernels.register()

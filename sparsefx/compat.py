@@ -386,3 +386,56 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     from torch.utils._pytree import tree_map
 
     return tree_map(function, tree)
+
+
+# --- parametrizations under FSDP2
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let modules under FSDP2 show their sharded parameters, also after a forward alone."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def remove_parametrization(model: torch.nn.Module, module: torch.nn.Module, name: str) -> None:
+    """Give ``module`` the original of a parametrized tensor back; FSDP2 follows.
+
+    torch's own function takes the parametrized class off the module, and FSDP2 may have put a class
+    of its own above; FSDP2 also remembers which module holds a parameter.
+
+    Args:
+        model: in which FSDP2 modules are looked for.
+        module: the owner of the parametrized tensor.
+        name: of the tensor.
+    """
+    from torch.nn.utils import parametrize
+
+    holder: Any = getattr(module, "parametrizations")[name]  # noqa: B009  # typed as a Tensor
+    wrapper = type(module)
+    wrapped = module in list(_fsdp_modules(module))
+    if wrapped:
+        module.__class__ = wrapper.__bases__[-1]
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    if wrapped:
+        bases = (*wrapper.__bases__[:-1], type(module))
+        title = wrapper.__name__.replace(wrapper.__bases__[-1].__name__, type(module).__name__)
+        module.__class__ = type(title, bases, {"__deepcopy__": wrapper.__dict__["__deepcopy__"]})
+    for parent in _fsdp_modules(model):
+        _follow(parent, holder, module, name)
+
+
+def _follow(parent: Any, holder: Any, module: torch.nn.Module, name: str) -> None:
+    """Tell FSDP2 that a parameter now lives in ``module``, and no longer in ``holder``."""
+    state = parent._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for parameter in [p for group in groups if group is not None for p in group.fsdp_params]:
+        info = parameter._module_info
+        if info.module is holder:
+            info.module, info.param_name = module, name
+
+
+def _fsdp_modules(model: torch.nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # not imported, so not in use
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]

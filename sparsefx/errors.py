@@ -23,3 +23,7 @@ class KernelError(SparsefxError, RuntimeError):
 
 class ExportError(SparsefxError, RuntimeError):
     """An export that failed its check: the message names the check and the worst error."""
+
+
+class SparsifierError(SparsefxError, ValueError):
+    """A model, rule or checkpoint that a sparsifier can't take: the message names the layer."""
