@@ -120,8 +120,16 @@ class Sparsifier:
             return target.unmatrix(transposable_mask(matrix, pattern.n, pattern.m))
         return target.unmatrix(nm_mask(matrix, pattern.n, pattern.m, dim=1))
 
+    def begin(self, step: int) -> None:
+        """Do what comes before any layer advances to a step, without gradients: here nothing."""
+
     def advance(self, layer: Layer, step: int) -> None:
         """Bring one layer to a step, without gradients: here nothing changes."""
+
+    @property
+    def needs_hooks(self) -> bool:
+        """Whether a parameter without :meth:`hook`'s hooks would be trained wrongly."""
+        return False
 
     def hook(self, layer: Layer, parameter: nn.Parameter) -> list[RemovableHandle]:
         """Put what this sparsifier needs on a parameter: here nothing."""
@@ -165,6 +173,7 @@ class Sparsifier:
         compat.reshard(self.model)
         self._check_attached()
         step = self.steps + 1
+        self.begin(step)
         for layer in self.layers.values():
             self.advance(layer, step)
             layer.mask.step.fill_(step)
@@ -232,6 +241,8 @@ class Sparsifier:
             )
 
     def _check_attached(self) -> None:
+        if not self.needs_hooks:
+            return
         for name, layer in self.layers.items():
             parameter = layer.weight
             if parameter.requires_grad and self._attached.get(name) is not parameter:
