@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
+from sparsefx.errors import KernelError
+
 __all__ = [
     "OpOverload",
+    "build_cpp",
     "compile_eagerly",
     "compile_with_inductor",
     "decompositions",
@@ -153,6 +157,30 @@ def inductor_option_names() -> list[str]:
     from torch._inductor import config as inductor_config
 
     return list(inductor_config.get_config_copy())
+
+
+def build_cpp(source: str) -> ctypes.CDLL:
+    """Compile C++ with Inductor's own flags and load it; kept on disk among what Inductor compiled.
+
+    Args:
+        source: self-contained; its functions are extern "C". OpenMP is on where Inductor has it.
+
+    Raises:
+        KernelError: there is no compiler, it refuses the source, or the result can't be loaded.
+    """
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        library = CppCodeCache.load(source)
+    except (ImportError, OSError, RuntimeError) as error:  # Inductor's own errors are RuntimeErrors
+        reason = str(error).strip().partition("\n")[0]
+        raise KernelError(
+            f"C++ can't be built here: {type(error).__name__}: {reason}; install a C++ compiler, "
+            "or name one in the environment variable CXX"
+        ) from error
+    if not isinstance(library, ctypes.CDLL):
+        raise KernelError(f"C++ was built, but came back as a {type(library).__name__}")
+    return library
 
 
 # --- without Inductor

@@ -27,3 +27,7 @@ class ExportError(SparsefxError, RuntimeError):
 
 class SparsifierError(SparsefxError, ValueError):
     """A model, rule or checkpoint that a sparsifier can't take: the message names the layer."""
+
+
+class SparsefxWarning(UserWarning):
+    """Something stayed dense because a pass failed, or runs a slower way; the message says why."""

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from sparsefx import cost, naming, ops, passes
 from sparsefx.config import Dense, GraphPass, SparseConfig
-from sparsefx.errors import PassError
+from sparsefx.errors import PassError, SparsefxWarning
 from sparsefx.plan import Decision, Plan
 from sparsefx.rewriting import (
     PassResult,
@@ -26,10 +26,6 @@ from sparsefx.verify import verify
 
 Pass = Callable[[GraphModule], PassResult]
 Observer = Callable[[str, GraphModule, PassResult], None]
-
-
-class SparsefxWarning(UserWarning):
-    """Something stayed dense because a pass failed; the message and the report say why."""
 
 
 @dataclass

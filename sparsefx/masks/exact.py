@@ -1,56 +1,29 @@
-"""The best transposable mask of small tiles: score every legal pattern, take the best."""
+"""The best transposable mask of each tile, by the way that suits its size and device.
 
-from functools import lru_cache
-from itertools import product
+All ways lead to a mask of the largest total. Those of a tile with a side above 4, flow.py and its
+twin in C++, lead to the same one of several, too; smaller tiles have a way of their own everywhere.
+So the mask depends on the weight alone, never on the machine.
+"""
 
-import torch
 from torch import Tensor
 
-from sparsefx.masks.levels import finite_levels
-
-LARGEST = 4  # 90 patterns at 2:4; 2040 at 2:5 would be the next
-_CHUNK = 4096  # tiles scored at once: 3 MB of scores at 2:4
+from sparsefx.masks import flow, native, patterns
 
 
 def solve(tiles: Tensor, n: int) -> Tensor:
-    """Mark the entries of largest total |w|; of equal totals, the first of legal_patterns.
-
-    Scores are summed in float64 whatever the dtype, so that neither autocast nor torch's setting
-    of the matmul precision decides between two patterns.
+    """Mark the entries of largest total |w| within the limits, as many as these allow.
 
     Args:
-        tiles: [tiles, a, b] with a, b <= 4.
+        tiles: [tiles, a, b] with a, b <= 64; may be traced up to 4 x 4.
         n: the limit per row and column.
 
     Returns:
         bool [tiles, a, b].
     """
-    a, b = int(tiles.shape[1]), int(tiles.shape[2])  # numbers even where sizes are symbolic
-    legal = torch.tensor(legal_patterns(a, b, n), dtype=torch.float64, device=tiles.device)
-    keep = legal.bool()  # [patterns, a * b]
-    best = [
-        (finite_levels(chunk) @ legal.T).argmax(1)  # argmax: the first of equals
-        for chunk in torch.split(tiles.flatten(1), _CHUNK)
-    ]
-    return keep[torch.cat(best)].view(tiles.shape)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def legal_patterns(a: int, b: int, n: int) -> tuple[tuple[int, ...], ...]:
-    """All 0/1 matrices [a, b] with at most n per row and column and as many ones as that allows.
-
-    Flattened, earlier ones first. Exactly n per row and column where a = b >= n.
-    """
-    return _enumerate(a, b, n)
-
-
-@lru_cache  # of plain numbers: a cached tensor could be a fake one
-def _enumerate(a: int, b: int, n: int) -> tuple[tuple[int, ...], ...]:
-    lines = [line for line in product((1, 0), repeat=b) if sum(line) <= n]
-    legal = [
-        pattern
-        for pattern in product(lines, repeat=a)
-        if all(sum(column) <= n for column in zip(*pattern, strict=True))
-    ]
-    most = min(a * min(n, b), b * min(n, a))
-    return tuple(sum(p, ()) for p in legal if sum(map(sum, p)) == most)
+    if max(tiles.shape[1:]) <= patterns.LARGEST:
+        return patterns.solve(tiles, n)
+    if tiles.device.type == "cpu":
+        mask = native.solve(tiles, n)
+        if mask is not None:
+            return mask
+    return flow.solve(tiles, n)

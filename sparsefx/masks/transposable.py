@@ -46,11 +46,6 @@ def transposable_mask(w: Tensor, n: int, m: int, solver: Solver = "auto") -> Ten
     check_matrix(w)
     if solver not in ("auto", "exact", "greedy"):
         raise MaskError(f"solver={solver!r} is unknown; pass 'auto', 'exact' or 'greedy'")
-    if solver == "exact" and m > exact.LARGEST:
-        raise MaskError(
-            f"solver='exact' needs m <= {exact.LARGEST} for now, not m={m}; pass solver='greedy'"
-        )
     check_values(w, "transposable_mask")
-    small = m <= exact.LARGEST and solver != "greedy"
-    solve = exact.solve if small else greedy.solve
+    solve = greedy.solve if solver == "greedy" else exact.solve
     return map_tiles(w.detach(), m, partial(solve, n=n))
