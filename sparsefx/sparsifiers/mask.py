@@ -15,6 +15,8 @@ from sparsefx.errors import SparsifierError
 class _StraightThrough(torch.autograd.Function):
     """where(mask, w, 0), with the gradient passed on as it is (Bengio et al., 2013)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(w: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, w, 0)
