@@ -97,7 +97,8 @@ class Sparsifier:
         self.model = model
         self.layers: dict[str, Layer] = {}
         for (target, wanted), values in zip(targets, made, strict=True):
-            mask = Mask(values, wanted, straight_through=straight_through)
+            placed = torch.empty_like(target.weight, dtype=torch.bool).copy_(values)  # its strides
+            mask = Mask(placed, wanted, straight_through=straight_through)
             self.layers[target.name] = _register(target, mask, wanted)
         self._squashed = False
         self._attached: dict[str, nn.Parameter] = {}
@@ -260,7 +261,7 @@ class Sparsifier:
                 f"the mask for layer {target.name!r} is {mask.dtype} {tuple(mask.shape)}; pass "
                 f"torch.bool {tuple(weight.shape)}"
             )
-        return mask.detach().to(weight.device, copy=True)
+        return mask.detach()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""find_targets: what is masked, what is skipped and why, what is an error; the model is untouched."""
+"""find_targets: what is masked, skipped and why, or an error that leaves the model untouched."""
 
 import math
 
