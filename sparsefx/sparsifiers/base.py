@@ -52,9 +52,11 @@ class Sparsifier:
     """Masks on a model's weights, from construction until squash().
 
     Construct it on the plain model, before torch.compile, DDP and ``fully_shard``; parameters keep
-    their identity, so an optimizer may be built before or after. Call :meth:`step` after every
-    ``optimizer.step()``. Everything that a resume needs is in ``model.state_dict()``: build model
-    and sparsifier anew, then load. This class itself keeps its masks as they are.
+    their identity, so an optimizer may be built before or after. (Masked weights come behind their
+    module's other parameters, and optimizers save by position: build yours on the same side of the
+    sparsifier in a run and its resume.) Call :meth:`step` after every ``optimizer.step()``.
+    Everything that a resume needs is in ``model.state_dict()`` and the optimizer's: build all anew,
+    then load. This class itself keeps its masks as they are.
 
     Args:
         model: changed in place, once every check has passed.
