@@ -1,15 +1,25 @@
 """Training and pruning with N:M masks: construct on a model, ``step()``, ``squash()``."""
 
+from sparsefx.sparsifiers.adaprune import AdaPrune, adam_fit
 from sparsefx.sparsifiers.base import Layer, Sparsifier
+from sparsefx.sparsifiers.calibration import Calibration, CalibrationRow
+from sparsefx.sparsifiers.conversion import nm_for_sparsity
+from sparsefx.sparsifiers.least_squares import least_squares
 from sparsefx.sparsifiers.mask import Mask
+from sparsefx.sparsifiers.recalibrate import recalibrate_batchnorm
 from sparsefx.sparsifiers.report import Report, Row
 from sparsefx.sparsifiers.schedules import Constant, Cubic, Linear, Step
+from sparsefx.sparsifiers.sparsegpt import SparseGPT
 from sparsefx.sparsifiers.srste import SRSTE
 from sparsefx.sparsifiers.targets import Target, find_targets
 from sparsefx.sparsifiers.transposable import TransposableNM
+from sparsefx.sparsifiers.wanda import Wanda
 
 __all__ = [
     "SRSTE",
+    "AdaPrune",
+    "Calibration",
+    "CalibrationRow",
     "Constant",
     "Cubic",
     "Layer",
@@ -17,9 +27,15 @@ __all__ = [
     "Mask",
     "Report",
     "Row",
+    "SparseGPT",
     "Sparsifier",
     "Step",
     "Target",
     "TransposableNM",
+    "Wanda",
+    "adam_fit",
     "find_targets",
+    "least_squares",
+    "nm_for_sparsity",
+    "recalibrate_batchnorm",
 ]
