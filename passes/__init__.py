@@ -10,6 +10,8 @@ from sparsefx.passes.canonicalize import canonicalize
 from sparsefx.passes.cleanup import cleanup
 from sparsefx.passes.find_sites import find_sites
 from sparsefx.passes.inline_references import inline_references
+from sparsefx.passes.recognize_masks import recognize_masks
+from sparsefx.passes.rewrite_masked import rewrite_masked
 from sparsefx.passes.rewrite_nm import rewrite_nm
 from sparsefx.passes.rewrite_sampled import rewrite_sampled
 from sparsefx.passes.select_sites import select_sites
@@ -20,6 +22,8 @@ __all__ = [
     "cleanup",
     "find_sites",
     "inline_references",
+    "recognize_masks",
+    "rewrite_masked",
     "rewrite_nm",
     "rewrite_sampled",
     "select_sites",

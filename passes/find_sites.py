@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from sparsefx import naming, ops
 from sparsefx.compat import OpOverload, settled
 from sparsefx.plan import Kind, Plan, Role, Site, Size
-from sparsefx.rewriting import INPUT, PLAN, PassResult, arguments, failing_at, peel, plan_of, value
+from sparsefx.rewriting import PLAN, PassResult, arguments, failing_at, peel, plan_of, value
 
 aten = torch.ops.aten
 
@@ -93,7 +93,7 @@ class _Graph:
                 self.backwards.append(node)
             elif _kind(node):
                 self.forwards.append(node)
-        self.activations = _activations(nodes)
+        self.activations = naming.depending(nodes, {"input"})
         self.final = _final_products(nodes, set(self.forwards))
         self.by_seq: dict[object, list[Node]] = {}
         for node in self.forwards:
@@ -140,19 +140,6 @@ def _is_backward(node: Node) -> bool:
 def _has_floats(node: Node) -> bool:
     found = node.meta.get("val")
     return isinstance(found, Tensor) or (node.target is aten.convolution_backward.default)
-
-
-def _activations(nodes: Iterable[Node]) -> set[Node]:
-    """Nodes that depend on an input which is neither a parameter nor a buffer."""
-    found: set[Node] = set()
-    for node in nodes:
-        if node.op == "placeholder":
-            known = node.meta.get(INPUT)
-            if known is None or known.kind == "input":
-                found.add(node)
-        elif any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _final_products(nodes: list[Node], forwards: set[Node]) -> set[Node]:

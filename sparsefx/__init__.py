@@ -3,7 +3,7 @@
 from typing import Any
 
 from sparsefx import kernels, masks, ops, sparsifiers
-from sparsefx.config import NM, Dense, Rule, Sampled, SparseConfig, preset
+from sparsefx.config import NM, Dense, Masked, Rule, Sampled, SparseConfig, preset
 from sparsefx.errors import (
     ConfigError,
     ExportError,
@@ -26,6 +26,7 @@ __all__ = [
     "ExportError",
     "KernelError",
     "MaskError",
+    "Masked",
     "PassError",
     "Rule",
     "Sampled",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from sparsefx import compat
 from sparsefx.config import SparseConfig
-from sparsefx.naming import Input, module_path
+from sparsefx.naming import Input, module_path, zeros_of
 from sparsefx.rewriting import INPUT, copy_graph_module
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ def remember(gm: GraphModule, example_inputs: Sequence[Any], config: SparseConfi
 
 
 def describe_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Input]:
-    """Say of each placeholder whether it is a parameter, a buffer or an input, and its name."""
+    """Say of each placeholder whether it is a parameter, a buffer or an input, and its name.
+
+    Of parameters, and of what may be the mask of one, also how many zeros they hold, and where.
+    """
     described = []
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for node, example in zip(nodes, example_inputs, strict=True):
@@ -73,7 +76,32 @@ def describe_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Inpu
             kind = "buffer"
         name = node.name if kind == "input" else module_path(source)
         described.append(Input(name or node.name, kind))
-    return described
+    sizes = {_size(x) for i, x in zip(described, example_inputs, strict=True) if _is_weight(i, x)}
+    return [
+        replace(known, **_zeros(example)) if _may_mask(known, example, sizes) else known
+        for known, example in zip(described, example_inputs, strict=True)
+    ]
+
+
+def _size(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(tensor.shape))  # a transposed mask has them, too
+
+
+def _is_weight(known: Input, example: object) -> bool:
+    return known.kind == "parameter" and isinstance(example, Tensor) and example.dim() > 1
+
+
+def _may_mask(known: Input, example: Any, sizes: Container[tuple[int, ...]]) -> bool:
+    """Whether to look at the values: of weights, of buffers of their size, of bools of it."""
+    if type(example) not in (Tensor, nn.Parameter) or example.device.type == "meta":
+        return False  # fake, distributed or packed: its values are not at hand
+    right_kind = known.kind != "input" or example.dtype == torch.bool
+    return right_kind and example.dim() > 1 and _size(example) in sizes
+
+
+def _zeros(example: Tensor) -> dict[str, Any]:
+    density, holds = zeros_of(example)
+    return {"density": density, "holds": holds}
 
 
 def name_inputs(joint: GraphModule, inputs: Sequence[Input]) -> None:

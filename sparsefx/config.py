@@ -154,11 +154,26 @@ class Sampled:
         return f"sampled {self.ratio:g}" + (" by weight" if self.scores == "weight" else "")
 
 
-Pattern = Dense | NM | Sampled
-_PATTERNS: dict[str, type[Dense] | type[NM] | type[Sampled]] = {
+@dataclass(frozen=True)
+class Masked:
+    """The mask that the model itself holds beside the weight: ``where(mask, w, 0)``, ``w * mask``.
+
+    Every layer with such a mask takes this pattern, whatever rule matches it (one that samples its
+    forward apart): it changes no value. As a rule's ``forward`` it leaves layers without a mask
+    dense, and their rows say so.
+    """
+
+    def __str__(self) -> str:
+        """Return the short form that reports show."""
+        return "stored mask"
+
+
+Pattern = Dense | NM | Sampled | Masked
+_PATTERNS: dict[str, type[Dense] | type[NM] | type[Sampled] | type[Masked]] = {
     "dense": Dense,
     "nm": NM,
     "sampled": Sampled,
+    "masked": Masked,
 }
 Match = str | type | Callable[["Site"], bool]
 
@@ -174,7 +189,8 @@ class Rule:
         forward: pattern of the forward product.
         grad_input: ``None`` is the derivative of what the forward computed; ``Dense()`` is the
             full product; another pattern replaces the product.
-        grad_weight: likewise; never ``NM``, since neither operand is a weight.
+        grad_weight: likewise; never ``NM``, since neither operand is a weight. Neither gradient
+            can be ``Masked``: what follows the forward does so by itself.
 
     Raises:
         ConfigError: for a match or a pattern that is none of these.
@@ -193,11 +209,16 @@ class Rule:
                 "or a predicate on a site"
             )
         if not isinstance(self.forward, Pattern):
-            raise ConfigError(f"Rule: forward={self.forward!r} must be Dense(), NM or Sampled")
+            raise ConfigError(
+                f"Rule: forward={self.forward!r} must be Dense(), NM, Sampled or Masked()"
+            )
         for key in ("grad_input", "grad_weight"):
             value = getattr(self, key)
-            if value is not None and not isinstance(value, Pattern):
-                raise ConfigError(f"Rule: {key}={value!r} must be None, Dense(), NM or Sampled")
+            if value is not None and not isinstance(value, Dense | NM | Sampled):
+                raise ConfigError(
+                    f"Rule: {key}={value!r} must be None, Dense(), NM or Sampled"
+                    + (": None follows the forward's mask" if value == Masked() else "")
+                )
         if isinstance(self.grad_weight, NM):
             raise ConfigError(
                 f"Rule: grad_weight={self.grad_weight!r}: neither operand of that product is a "

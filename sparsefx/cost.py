@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from sparsefx import compat
-from sparsefx.config import NM, Pattern, Sampled
+from sparsefx.config import NM, Masked, Pattern, Sampled
 from sparsefx.plan import Decision, Site
 from sparsefx.policy import sampled_depth
 
@@ -34,12 +34,19 @@ def sparse_flops(site: Site, pattern: Pattern, sampled: Site | None = None) -> i
     if isinstance(pattern, Sampled):
         depth = compat.size_hint(sampled_depth(sampled or site))
         return full * pattern.k(depth) // depth if depth else full
+    if isinstance(pattern, Masked) and site.mask_density is not None:
+        return round(full * site.mask_density)
     return full
 
 
 def packed_weight_bytes(site: Site, pattern: Pattern) -> int:
-    """Bytes of the weight if only kept values and their indices were stored."""
+    """Bytes of the weight if only kept values and their indices were stored.
+
+    A stored mask counts one bit a weight.
+    """
     values = site.shape[1] * site.shape[2] * _BYTES.get(site.dtype, 4)
+    if isinstance(pattern, Masked) and site.mask_density is not None:
+        return int(values * site.mask_density) + int(site.shape[1] * site.shape[2]) // 8
     if not isinstance(pattern, NM):
         return int(values)
     count = site.shape[1] * site.shape[2] * pattern.n // pattern.m
@@ -55,12 +62,13 @@ def executes_dense(op: str) -> bool:
 def unprofitable(site: Site, decision: Decision) -> str:
     """Reason to leave a site dense on this machine, or "".
 
-    N:M runs as a masked dense product on every device so far (packed and vendor kernels are not
-    here yet), so it gains nothing. Sampling gains (1 - ratio) of the product and pays for reading
-    both operands three more times (norms, gather, scatter).
+    N:M and stored masks run as a masked dense product on every device so far (packed and vendor
+    kernels are not here yet), so they gain nothing. Sampling gains (1 - ratio) of the product and
+    pays for reading both operands three more times (norms, gather, scatter).
     """
-    if isinstance(decision.pattern, NM):
-        return f"not profitable: N:M runs as a masked dense product on {site.device}"
+    if isinstance(decision.pattern, NM | Masked):
+        name = "N:M" if isinstance(decision.pattern, NM) else "a stored mask"
+        return f"not profitable: {name} runs as a masked dense product on {site.device}"
     if not isinstance(decision.pattern, Sampled):
         return ""
     if not all(map(compat.has_size, (site.batch, *site.shape))):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
+from sparsefx import masks
 from sparsefx.compat import OpOverload
 from sparsefx.rewriting import INPUT
 
@@ -17,6 +20,7 @@ _PREFIX = re.compile(r"^[LG]\['[^']*'\]")
 _PARTS = re.compile(r"\._modules|\._parameters|\._buffers")
 _KEYS = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 _PARAMETRIZED = re.compile(r"\.?parametrizations\..*$")
+GETITEM = operator.getitem
 _THROUGH = {
     torch.ops.prims.convert_element_type.default,
     torch.ops.aten._to_copy.default,
@@ -32,10 +36,59 @@ _THROUGH = {
 
 @dataclass(frozen=True)
 class Input:
-    """What a placeholder holds: ``kind`` is "parameter", "buffer" or "input"."""
+    """What a placeholder holds.
+
+    Attributes:
+        name: qualified, of a parameter or a buffer.
+        kind: "parameter", "buffer" or "input".
+        density: share of its elements that aren't zero; None where nobody looked.
+        holds: N:M pattern of its zeros along axis 0 and along axis 1, as text; "" if none.
+    """
 
     name: str
     kind: str
+    density: float | None = None
+    holds: tuple[str, str] = ("", "")
+
+
+def zeros_of(tensor: Tensor) -> tuple[float, tuple[str, str]]:
+    """Return (density, N:M pattern of the zeros along axis 0 and along axis 1).
+
+    Args:
+        tensor: rank 2 or more, with values.
+    """
+    tensor = tensor.detach()
+    density = masks.density(tensor)
+    if not 0 < density < 1:
+        return density, ("", "")
+    found = (_find_pattern(tensor, dim) for dim in (0, 1))
+    along_0, along_1 = ("" if pattern is None else str(pattern) for pattern in found)
+    return density, (along_0, along_1)
+
+
+def _find_pattern(tensor: Tensor, dim: int) -> str | None:
+    for n, m in ((1, 2), (1, 4), (2, 4), (4, 8)):
+        if not masks.is_valid(tensor, n, m, dim):
+            continue
+        both = masks.is_valid(tensor, n, m, 0, True)
+        return f"{n}:{m}" + (" transposable" if both else "")
+    return None
+
+
+def depending(nodes: Iterable[Node], kinds: Set[str]) -> set[Node]:
+    """Return the nodes that depend on a placeholder of one of these kinds, themselves included.
+
+    What has no name, such as a tangent, is an input.
+    """
+    found: set[Node] = set()
+    for node in nodes:
+        if node.op == "placeholder":
+            known = node.meta.get(INPUT)
+            if (known.kind if known is not None else "input") in kinds:
+                found.add(node)
+        elif any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def module_path(text: str) -> str:

@@ -60,6 +60,7 @@ def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[t
     return [
         ("canonicalize", partial(passes.canonicalize, excluded=known.nodes)),
         ("find_sites", partial(passes.find_sites, excluded=known.nodes)),
+        ("recognize_masks", passes.recognize_masks),
         (
             "select_sites",
             partial(
@@ -70,6 +71,7 @@ def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[t
             ),
         ),
         ("rewrite_nm", passes.rewrite_nm),
+        ("rewrite_masked", passes.rewrite_masked),
         ("rewrite_sampled", passes.rewrite_sampled),
         ("share_masks", passes.share_masks),
         *((getattr(function, "__name__", "pass"), function) for function in own),
@@ -134,7 +136,7 @@ def _learn(outcome: Outcome, name: str, gm: GraphModule, result: PassResult) -> 
     if name == "select_sites":
         found = (plan_of(node) for node in gm.graph.nodes)
         outcome.plans = [plan for plan in found if plan is not None]
-    elif name in ("rewrite_nm", "rewrite_sampled"):
+    elif name in ("rewrite_nm", "rewrite_masked", "rewrite_sampled"):
         for node in gm.graph.nodes:
             plan = plan_of(node)
             if plan is not None and node.name in result.skipped:

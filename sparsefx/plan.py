@@ -39,6 +39,10 @@ class Site:
         is_output: the last product on the way to an output of the graph.
         has_backward: the graph has a backward.
         opaque: why no pass can take the product by itself (fused attention, a grouped product).
+        mask: name of the mask that the model applies to the weight; "" where there is none.
+        mask_pattern: of that mask when it was compiled, such as "2:4 transposable"; "" if none.
+        mask_density: share that it kept then; None where its values were not at hand.
+        holds: pattern of the zeros of an unmasked weight when it was compiled; "" if none.
     """
 
     layer: str
@@ -60,6 +64,10 @@ class Site:
     is_output: bool = False
     has_backward: bool = True
     opaque: str = ""
+    mask: str = ""
+    mask_pattern: str = ""
+    mask_density: float | None = None
+    holds: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,14 @@ class Decision:
         derived: the product is the derivative of the forward's pattern (grad_input=None or
             grad_weight=None in the rule), not a pattern of its own.
         forward: the pattern of the layer's forward, which a derived product follows.
+        note: what of the rule does not act here.
     """
 
     pattern: Pattern
     reason: str = ""
     derived: bool = False
     forward: Pattern = field(default_factory=Dense)
+    note: str = ""
 
     @property
     def dense(self) -> bool:

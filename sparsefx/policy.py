@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from sparsefx.config import NM, Dense, Pattern, Rule, Sampled, SparseConfig
+from sparsefx.config import NM, Dense, Masked, Pattern, Rule, Sampled, SparseConfig
 from sparsefx.plan import Decision, Role, Site
 
 _FLOATS = {"float64", "float32", "float16", "bfloat16"}
@@ -30,8 +30,11 @@ def decide(
         A decision by role, for the roles in ``sites``.
     """
     forward = sites["forward"]
-    blocked = failed or _blocked(sites, config)
+    blocked = failed or _impossible(sites) or _output(forward, config)
     rule = None if blocked else _first_match(forward, config)
+    if forward.mask and not (rule and _samples(forward, rule, unprofitable)):
+        left = "the weight is the left operand of the product" if forward.weight == "left" else ""
+        return _masked(sites, rule, failed or _impossible(sites) or left, unprofitable)
     if blocked or rule is None:
         reason = blocked or "no rule matches"
         return {role: Decision(Dense(), reason) for role in sites}
@@ -49,7 +52,13 @@ def _first_match(site: Site, config: SparseConfig) -> Rule | None:
     return next((rule for rule in config.effective_rules() if rule.matches(site)), None)
 
 
-def _blocked(sites: Mapping[Role, Site], config: SparseConfig) -> str:
+def _output(forward: Site, config: SparseConfig) -> str:
+    if config.keep_output_dense and forward.is_output:
+        return "feeds the model's output (keep_output_dense=True)"
+    return ""
+
+
+def _impossible(sites: Mapping[Role, Site]) -> str:
     """Why the whole layer stays dense, whatever the rules say."""
     forward = sites["forward"]
     if forward.dtype not in _FLOATS:
@@ -58,23 +67,81 @@ def _blocked(sites: Mapping[Role, Site], config: SparseConfig) -> str:
         return forward.opaque
     if forward.transposed:
         return "transposed convolution"
-    if forward.depthwise:
+    if forward.depthwise and not forward.mask:
         return "depthwise convolution: one input channel per group"
     if any(site.op == "convolution_backward" for site in sites.values()):
         return "its backward could not be split into products"
-    if config.keep_output_dense and forward.is_output:
-        return "feeds the model's output (keep_output_dense=True)"
     return ""
+
+
+# --- a layer whose mask the model holds
+
+
+def _samples(forward: Site, rule: Rule, unprofitable: Profitable | None) -> bool:
+    """Whether a rule's sampling acts: it takes the masked weight, and goes before the mask."""
+    if not isinstance(rule.forward, Sampled) or forward.depthwise:
+        return False
+    return not _own(forward, rule.forward, unprofitable).dense
+
+
+def _masked(
+    sites: Mapping[Role, Site], rule: Rule | None, impossible: str, unprofitable: Profitable | None
+) -> dict[Role, Decision]:
+    """Decide on the products of a masked weight: the mask's zeros are there, whatever is asked."""
+    if impossible:
+        return {role: Decision(Dense(), impossible) for role in sites}
+    asked: dict[Role, Pattern | None] = {}
+    if rule is not None:
+        asked = {"grad_input": rule.grad_input, "grad_weight": rule.grad_weight}
+    chosen = {}
+    for role, site in sites.items():
+        own = asked.get(role)
+        if role == "forward":
+            decision = _profitably(site, Decision(Masked(), note=_not_acting(rule)), unprofitable)
+        elif isinstance(own, Dense | Sampled) and not site.depthwise:
+            decision = _own(site, own, unprofitable)
+        elif role == "grad_input":
+            derived = Decision(Masked(), derived=True, forward=Masked())
+            decision = _profitably(site, derived, unprofitable)
+        else:
+            decision = Decision(Dense(), _MASKED_GRADIENT, derived=True, forward=Masked())
+        chosen[role] = decision
+    return chosen
+
+
+_MASKED_GRADIENT = "the gradient that the model gives its masked weight, masked or straight-through"
+
+
+def _not_acting(rule: Rule | None) -> str:
+    """Which patterns of a rule a stored mask takes the place of."""
+    asked = (rule.forward, rule.grad_input) if rule is not None else ()
+    found = dict.fromkeys(_told(pattern) for pattern in asked if isinstance(pattern, NM))
+    if not found:
+        return ""
+    verb = "does" if len(found) == 1 else "do"
+    return f"the rule's {' and '.join(found)} {verb} not act on a weight with a stored mask"
+
+
+def _told(pattern: NM) -> str:
+    more = ["weight_grad='masked'"] if pattern.weight_grad == "masked" else []
+    more += [f"decay={pattern.decay:g}"] if pattern.decay else []
+    return f"{pattern} ({', '.join(more)})" if more else str(pattern)
 
 
 def _own(site: Site, pattern: Pattern, unprofitable: Profitable | None) -> Decision:
     """Decide on a pattern that is asked for by name."""
     if isinstance(pattern, Dense):
         return Decision(pattern, "the rule says Dense()")
+    if isinstance(pattern, Masked):
+        return Decision(Dense(), "no stored mask was found in the graph")
     reason = nm_illegal(site, pattern) if isinstance(pattern, NM) else sampled_exact(site, pattern)
-    decision = Decision(pattern)
-    if not reason and unprofitable is not None:
-        reason = unprofitable(site, decision)
+    if reason:
+        return Decision(Dense(), reason)
+    return _profitably(site, Decision(pattern), unprofitable)
+
+
+def _profitably(site: Site, decision: Decision, unprofitable: Profitable | None) -> Decision:
+    reason = unprofitable(site, decision) if unprofitable is not None else ""
     return Decision(Dense(), reason) if reason else decision
 
 

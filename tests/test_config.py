@@ -15,6 +15,7 @@ from sparsefx.config import (
     NM,
     PRESETS,
     Dense,
+    Masked,
     Rule,
     Sampled,
     SparseConfig,
@@ -136,14 +137,22 @@ def test_any_k_is_possible(ratio, min_k, depth):
             {"match": 3},
             "Rule: match=3 must be a glob on layer names, a module type or a predicate on a site",
         ),
-        ({"match": "*", "forward": None}, "Rule: forward=None must be Dense(), NM or Sampled"),
+        (
+            {"match": "*", "forward": None},
+            "Rule: forward=None must be Dense(), NM, Sampled or Masked()",
+        ),
         (
             {"match": "*", "forward": "2:4"},
-            "Rule: forward='2:4' must be Dense(), NM or Sampled",
+            "Rule: forward='2:4' must be Dense(), NM, Sampled or Masked()",
         ),
         (
             {"match": "*", "grad_input": 0.3},
             "Rule: grad_input=0.3 must be None, Dense(), NM or Sampled",
+        ),
+        (
+            {"match": "*", "grad_input": Masked()},
+            "Rule: grad_input=Masked() must be None, Dense(), NM or Sampled: None follows the "
+            "forward's mask",
         ),
         (
             {"match": "*", "grad_weight": NM},
@@ -309,7 +318,7 @@ globs = st.text(min_size=1, max_size=8)
 rules = st.builds(
     Rule,
     st.one_of(globs, st.sampled_from([nn.Linear, nn.Conv2d, is_forward])),
-    forward=st.one_of(dense, forwards, sampled),
+    forward=st.one_of(dense, forwards, sampled, st.just(Masked())),
     grad_input=st.one_of(st.none(), dense, n_of_m(), sampled),
     grad_weight=st.one_of(st.none(), dense, sampled),
 )
@@ -435,17 +444,17 @@ def test_dicts_may_hold_objects_and_leave_out_defaults():
         (
             {"rules": [{"match": "*", "forward": {"n": 2, "m": 4}}]},
             "Rule: forward={'n': 2, 'm': 4} must be a pattern, or a dict whose 'kind' is one of "
-            "'dense', 'nm', 'sampled'",
+            "'dense', 'nm', 'sampled', 'masked'",
         ),
         (
             {"rules": [{"match": "*", "forward": {"kind": ["nm"]}}]},
             "Rule: forward={'kind': ['nm']} must be a pattern, or a dict whose 'kind' is one of "
-            "'dense', 'nm', 'sampled'",
+            "'dense', 'nm', 'sampled', 'masked'",
         ),
         (
             {"rules": [{"match": "*", "grad_input": 3}]},
             "Rule: grad_input=3 must be None, a pattern, or a dict whose 'kind' is one of "
-            "'dense', 'nm', 'sampled'",
+            "'dense', 'nm', 'sampled', 'masked'",
         ),
         (
             {"rules": [{"match": "*", "forward": {"kind": "nm", "n": 4, "m": 4}}]},

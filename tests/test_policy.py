@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsefx.config import NM, Dense, Rule, Sampled, SparseConfig
+from sparsefx.config import NM, Dense, Masked, Rule, Sampled, SparseConfig
 from sparsefx.plan import Decision, Site
 from sparsefx.policy import decide
 
@@ -352,3 +352,100 @@ def test_unprofitable():
     asked.clear()
     decided(site(), Rule("*", Sampled(1.0)), unprofitable=no)  # exact anyway
     assert asked == []
+
+
+# --- a weight that the model masks
+
+M = Masked()
+KEPT = "the gradient that the model gives its masked weight, masked or straight-through"
+
+
+def masked(**changes):
+    return site(mask="blocks.0.fc.mask", **changes)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ([], (M, M, Dense())),
+        ([Rule("*")], (M, M, Dense())),
+        ([Rule("other", S)], (M, M, Dense())),
+        ([Rule("*", M)], (M, M, Dense())),
+        ([Rule("*", NM24)], (M, M, Dense())),
+        ([Rule("*", T24, NM(1, 4))], (M, M, Dense())),
+        ([Rule("*", T24, None, S)], (M, M, S)),
+        ([Rule("*", Dense(), S, S)], (M, S, S)),
+        ([Rule("*", Dense(), Dense(), Dense())], (M, Dense(), Dense())),
+        ([Rule("*", S)], (S, S, S)),
+        ([Rule("*", S, Dense(), Dense())], (S, Dense(), Dense())),
+        ([Rule("*", Sampled(1.0))], (M, M, Dense())),
+    ],
+)
+def test_a_stored_mask_acts_unless_the_forward_is_sampled(rules, expected):
+    assert patterns(decided(masked(), *rules)) == expected
+
+
+def test_a_stored_mask_acts_on_the_output_too_and_nothing_else_does():
+    found = decided(masked(is_output=True), Rule("*", S, S, S))
+    assert patterns(found) == (M, M, Dense())
+    assert reasons(found) == ("", "", KEPT)
+    assert found["grad_input"] == Decision(M, derived=True, forward=M)
+
+
+def test_a_stored_mask_acts_at_inference_where_sampling_does_not():
+    forward = masked(has_backward=False)
+    found = decide({"forward": forward}, SparseConfig(rules=[Rule("*", S)]))
+    assert found == {"forward": Decision(M)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "note"),
+    [
+        (Rule("*"), ""),
+        (Rule("*", M), ""),
+        (Rule("*", T24), "the rule's 2:4 transposable does not act on a weight with a stored mask"),
+        (
+            Rule("*", NM(2, 4, weight_grad="masked", decay=2e-4), NM(1, 4)),
+            "the rule's 2:4 (weight_grad='masked', decay=0.0002) and 1:4 do not act on a weight "
+            "with a stored mask",
+        ),
+    ],
+)
+def test_what_does_not_act_is_told(rule, note):
+    found = decided(masked(), rule)
+    assert found["forward"].note == note
+    assert {found[role].note for role in ("grad_input", "grad_weight")} == {""}
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (masked(dtype="int64"), "dtype int64 is not a real floating-point type"),
+        (masked(weight="left"), "the weight is the left operand of the product"),
+        (masked(opaque="out of reach"), "out of reach"),
+        (convolution(mask="m", transposed=True), "transposed convolution"),
+    ],
+)
+def test_a_stored_mask_that_stays_as_it_was(forward, reason):
+    for rules in ([], [Rule("*", NM24, None, S)]):
+        found = decided(forward, *rules)
+        assert patterns(found) == (Dense(),) * 3
+        assert reasons(found) == (reason,) * 3
+    failed = "rewrite_masked failed: ValueError: no"
+    assert reasons(decided(masked(), failed=failed)) == (failed,) * 3
+
+
+def test_a_depthwise_convolution_may_have_a_stored_mask_but_is_not_sampled():
+    forward = convolution(mask="m", depthwise=True)
+    assert patterns(decided(forward, Rule("*", S, S, S))) == (M, M, Dense())
+
+
+def test_a_rule_for_stored_masks_says_where_there_is_none():
+    found = decided(site(), Rule("*", M))
+    assert reasons(found)[0] == "no stored mask was found in the graph"
+    assert patterns(found) == (Dense(),) * 3
+
+
+def test_an_unprofitable_stored_mask():
+    found = decided(masked(), Rule("*", NM24), unprofitable=lambda *_: "not profitable")
+    assert reasons(found) == ("not profitable", "not profitable", KEPT)

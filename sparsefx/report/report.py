@@ -62,7 +62,8 @@ class Report:
         """
         return [
             f"{row.layer} {row.role}: "
-            + (f"dense: {row.reason}" if row.decision is None else f"{row.decision}")
+            + (f"dense: {row.reason}" if row.decision is None else row.decided)
+            + (f" ({row.note})" if row.note else "")
             for row in self.sites
             if fnmatch.fnmatchcase(row.layer, layer)
         ]
@@ -149,6 +150,7 @@ class Report:
         parts = [
             table.format_rows(self.sites),
             table.format_reasons(self.sites),
+            table.format_notes(self.sites),
             table.format_totals(self.totals),
             "\n".join(["failures:", *(f"  {text}" for text in self.failures)])
             if self.failures

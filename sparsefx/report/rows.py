@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparsefx import compat, cost
-from sparsefx.config import Dense, Pattern
+from sparsefx.config import Dense, Masked, Pattern
 from sparsefx.kernels import kernel_for
 from sparsefx.pipeline import Outcome
 from sparsefx.plan import Plan, Role
@@ -43,6 +43,11 @@ class Row:
         weight: name of the parameter that is multiplied, where it is one.
         sparse_op: the sparsefx op that serves it, "" when dense.
         symbols: dynamic sizes as expressions, under "M", "N", "K" and "batch".
+        mask: name of the mask that the model applies to the weight; "" where there is none.
+        mask_pattern: of that mask when it was compiled, such as "2:4 transposable"; "" if none.
+        mask_density: share that it kept then; None where its values were not at hand.
+        holds: pattern of the zeros of an unmasked weight when it was compiled; "" if none.
+        note: what of the rule does not act here.
     """
 
     layer: str
@@ -64,6 +69,19 @@ class Row:
     weight: str | None = None
     sparse_op: str = ""
     symbols: Mapping[str, str] = field(default_factory=dict, compare=False)  # s0 here, s7 there
+    mask: str = ""
+    mask_pattern: str = ""
+    mask_density: float | None = None
+    holds: str = ""
+    note: str = ""
+
+    @property
+    def decided(self) -> str:
+        """The decision in words; of a stored mask, what it was when it was compiled."""
+        if not isinstance(self.decision, Masked):
+            return "dense" if self.decision is None else str(self.decision)
+        share = "" if self.mask_density is None else f"{100 * self.mask_density:.0f}%"
+        return f"{self.decision} {self.mask_pattern or share}".strip()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; a dynamic size is the string of its expression."""
@@ -127,6 +145,11 @@ def _row(plan: Plan, forward: Plan | None, ops: Mapping[Key, str], graph: int) -
         weight=site.weight_name,
         sparse_op=op if sparse else "",
         symbols={name: str(s) for name, s in sizes.items() if not isinstance(s, int)},
+        mask=site.mask,
+        mask_pattern=site.mask_pattern,
+        mask_density=site.mask_density,
+        holds=site.holds,
+        note=decision.note if decision is not None else "",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from sparsefx.config import Masked
 from sparsefx.report.rows import MASKED_DENSE, Row
 from sparsefx.report.totals import Totals
 
@@ -51,6 +52,26 @@ def format_reasons(rows: Sequence[Row]) -> str:
     return "\n".join(["why dense:", *lines]) if lines else ""
 
 
+def format_notes(rows: Sequence[Row]) -> str:
+    """Print what of a rule does not act, and which weights hold N:M zeros without a mask."""
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        found = [row.note] if row.note else []
+        found += [f"holds {row.holds} zeros; nothing is changed by that"] if row.holds else []
+        for note in found:
+            layers = notes.setdefault(note, [])
+            layers += [row.layer] if row.layer not in layers else []
+    lines = [f"  {_names(layers, WIDTH - len(note) - 4)}: {note}" for note, layers in notes.items()]
+    return "\n".join(["notes:", *lines]) if lines else ""
+
+
+def _names(layers: Sequence[str], width: int) -> str:
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    every = ", ".join(layers)
+    short = shorten(layers[0], max(_SHORTEST_LAYER, width - len(more))) + more
+    return every if len(every) <= width else short
+
+
 def format_totals(totals: Totals) -> str:
     """Print the sums, dense against sparse."""
     from rich.table import Table
@@ -86,6 +107,8 @@ def format_legend(rows: Sequence[Row]) -> str:
         ),
         "gathered: the sampled rows and columns are copied together, and a smaller dense product "
         "runs": any(name.startswith("gathered") for name in lowerings),
+        "stored mask: the model's own, with what it was when this was compiled; its values may "
+        "change": any(isinstance(row.decision, Masked) for row in rows),
         "(fwd): follows the forward's pattern": derived,
         "~: a dynamic size; figures are for the sizes that were traced": any(
             row.symbols for row in rows
@@ -119,7 +142,7 @@ def share(part: float, whole: float) -> str:
 
 
 def _cells(row: Row, numbers: Mapping[str, int]) -> tuple[str, ...]:
-    decision = f"dense [{numbers[row.reason]}]" if row.decision is None else str(row.decision)
+    decision = f"dense [{numbers[row.reason]}]" if row.decision is None else row.decided
     if row.decision is not None and row.derived:
         decision += " (fwd)"
     flops = number(row.flops_dense)

@@ -11,8 +11,8 @@ from sparsefx.ops import is_sparse_op
 
 EAGER = {"codegen": "aot_eager", "keep_output_dense": False}
 PASSES = [
-    "captured", "canonicalize", "find_sites", "select_sites", "rewrite_nm", "rewrite_sampled",
-    "share_masks", "cleanup", "inline_references",
+    "captured", "canonicalize", "find_sites", "recognize_masks", "select_sites", "rewrite_nm",
+    "rewrite_masked", "rewrite_sampled", "share_masks", "cleanup", "inline_references",
 ]  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def look_only(gm):
 def test_a_users_own_pass_is_a_stage():
     cfg = SparseConfig(rules=[Rule("*", forward=Sampled(0.5))], passes=[look_only])
     report = sfx.explain(small(), config=cfg)(torch.randn(6, 8))
-    assert [n for n, _ in report.stages[0]] == [*PASSES[:7], "look_only", *PASSES[7:]]
+    assert [n for n, _ in report.stages[0]] == [*PASSES[:9], "look_only", *PASSES[9:]]
     assert report.diff("look_only") == ""
 
 
