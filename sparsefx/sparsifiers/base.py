@@ -106,8 +106,10 @@ class Sparsifier:
         self._attached: dict[str, nn.Parameter] = {}
         self._handles: dict[str, list[RemovableHandle]] = {}
         self._model_handles = [
-            model.register_load_state_dict_pre_hook(check_checkpoint),
-            model.register_load_state_dict_post_hook(_attach_after_load(weakref.ref(self))),
+            model.register_load_state_dict_pre_hook(check_checkpoint),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+                _attach_after_load(weakref.ref(self))
+            ),
         ]
         self.attach()
 

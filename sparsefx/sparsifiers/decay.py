@@ -63,7 +63,7 @@ class Decay:
 
         return [
             parameter.register_hook(before),  # type: ignore[no-untyped-call]
-            parameter.register_post_accumulate_grad_hook(after),
+            parameter.register_post_accumulate_grad_hook(after),  # type: ignore[no-untyped-call]
         ]
 
     @torch.no_grad()

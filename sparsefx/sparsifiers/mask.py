@@ -26,7 +26,7 @@ class _StraightThrough(torch.autograd.Function):
         """Nothing is saved: the gradient depends on neither."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -91,12 +91,12 @@ def is_sharded(w: Tensor) -> bool:
 
 def full(w: Tensor) -> Tensor:
     """Return the whole of a weight; for a DTensor every rank of its mesh must call this."""
-    return w.full_tensor() if is_sharded(w) else w  # type: ignore[attr-defined,no-any-return]
+    return w.full_tensor() if is_sharded(w) else w  # type: ignore[attr-defined]
 
 
 def local(w: Tensor) -> Tensor:
     """Return the part of a weight that lives here, sharing its memory."""
-    return w.to_local() if is_sharded(w) else w  # type: ignore[attr-defined,no-any-return]
+    return w.to_local() if is_sharded(w) else w  # type: ignore[attr-defined]
 
 
 def shard_like(t: Tensor, w: Tensor) -> Tensor:

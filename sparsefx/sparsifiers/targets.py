@@ -73,7 +73,7 @@ class Target:
         """All that ``torch.nn.utils.parametrize`` has put on the weight."""
         if not nn.utils.parametrize.is_parametrized(self.module, self.tensor_name):
             return []
-        return list(self.module.parametrizations[self.tensor_name])  # type: ignore[union-attr,index,arg-type]
+        return list(self.module.parametrizations[self.tensor_name])  # type: ignore[index]
 
     def matrix(self, w: Tensor) -> Tensor:
         """View a tensor of the weight's shape as [out, in/groups, *taps]."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsefx.config import NM
 from sparsefx.errors import SparsifierError
 from sparsefx.masks import transposable_mask
+from sparsefx.masks.transposable import Solver
 from sparsefx.sparsifiers.base import Layer, clear_outside
 from sparsefx.sparsifiers.refreshing import Refreshing
 from sparsefx.sparsifiers.schedules import Constant, Cubic, Schedule, as_schedule, whole_number
@@ -62,7 +63,7 @@ class TransposableNM(Refreshing):
         m: int = 8,
         *,
         refresh: int | Schedule = 40,
-        solver: Literal["auto", "exact", "greedy", "entropic"] = "greedy",
+        solver: Solver = "greedy",
         static: bool = False,
         start: Start = 0,
         ramp: int | Schedule | None = None,
