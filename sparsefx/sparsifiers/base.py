@@ -252,9 +252,9 @@ class Sparsifier:
             parameter = layer.weight
             if parameter.requires_grad and self._attached.get(name) is not parameter:
                 raise SparsifierError(
-                    f"layer {name!r} has another parameter than when hooks were attached, so this "
-                    "step may have lacked its decay: call attach() after fully_shard(), or "
-                    "whatever else replaces parameters"
+                    f"the weight of layer {name!r} has no hooks (it was replaced or unfrozen), so "
+                    "its gradient may lack the decay: call attach() after fully_shard(), "
+                    "requires_grad_() and whatever else does that"
                 )
 
     @staticmethod

@@ -34,6 +34,7 @@ class Refreshing(Sparsifier):
         decoupled: shrink the weights after the optimizer's step instead of adding to gradients.
         optimizer: whose learning rates scale the decoupled decay.
         grad_scaler: whose scale the gradients carry, and so the decay has to.
+        freeze: from this step on masks follow the weights no more.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Refreshing(Sparsifier):
         decoupled: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        freeze: int | None = None,
     ) -> None:
         """Check the options, then the model."""
         name = type(self).__name__
@@ -55,6 +57,9 @@ class Refreshing(Sparsifier):
         check_optimizer(name, decoupled, optimizer)
         if not callable(refresh):
             whole_number(name, "refresh", refresh, 1)
+        if freeze is not None:
+            whole_number(name, "freeze", freeze, 0)
+        self.freeze = freeze
         self.refresh = as_schedule(name, "refresh", refresh)
         self.decay = float(decay)
         self.decoupled = decoupled
@@ -112,6 +117,8 @@ class Refreshing(Sparsifier):
         Raises:
             SparsifierError: the schedule says less than 1.
         """
+        if self.freeze is not None and step >= self.freeze:
+            return False
         every = round(self.refresh(step))
         if every < 1:
             raise SparsifierError(f"refresh({step}) is {every}; it must be at least 1")

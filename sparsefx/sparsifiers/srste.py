@@ -32,6 +32,7 @@ class SRSTE(Refreshing):
         grad_scaler: under mixed precision: its scale multiplies the decay, so that it survives
             unscaling.
         transposable: N:M along both axes of every m x m tile.
+        freeze: from this step on the masks stay as they are.
 
     Raises:
         ConfigError: n, m or transposable make no pattern.
@@ -51,6 +52,7 @@ class SRSTE(Refreshing):
         rules: Rules = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         transposable: bool = False,
+        freeze: int | None = None,
     ) -> None:
         """Put the masks on."""
         super().__init__(
@@ -62,4 +64,5 @@ class SRSTE(Refreshing):
             decoupled=decoupled,
             optimizer=optimizer,
             grad_scaler=grad_scaler,
+            freeze=freeze,
         )

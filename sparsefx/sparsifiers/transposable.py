@@ -47,6 +47,9 @@ class TransposableNM(Refreshing):
         grad_scaler: as in SRSTE.
         weight_grad: "dense" is straight-through, "masked" is zero outside the mask. None is
             "dense" for dynamic and "masked" for static masks, which take no other.
+        freeze: from this step on masks follow the weights no more; n's schedule still acts. Give
+            the last masks some training: a run that ends on a refresh leaves with masks that no
+            step was taken under.
         dense_tail: from this step on all masks are ones: dense fine-tuning at the end.
         rules: which layers; an NM in them must be transposable.
 
@@ -72,6 +75,7 @@ class TransposableNM(Refreshing):
         optimizer: torch.optim.Optimizer | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         weight_grad: Literal["dense", "masked"] | None = None,
+        freeze: int | None = None,
         dense_tail: int | None = None,
         rules: Rules = None,
     ) -> None:
@@ -95,6 +99,7 @@ class TransposableNM(Refreshing):
             decoupled=decoupled,
             optimizer=optimizer,
             grad_scaler=grad_scaler,
+            freeze=freeze,
         )
         for layer in self.layers.values():
             self._clear(layer, 0)

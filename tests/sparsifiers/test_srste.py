@@ -224,6 +224,18 @@ def test_the_coupled_decay_is_rescaled_by_adam(mlp):
     torch.testing.assert_close(*moves)
 
 
+def test_frozen_masks_stay(mlp, fit):
+    model = mlp()
+    sparsifier = SRSTE(model, 1, 4, freeze=4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    fit(model, sparsifier, optimizer, 3)
+    assert sparsifier.sad()["0"] > 0
+    before, total = sparsifier.masks()["0"].clone(), sparsifier.sad(total=True)
+    fit(model, sparsifier, optimizer, 3, 3)
+    assert torch.equal(sparsifier.masks()["0"], before)
+    assert sparsifier.sad(total=True) == total
+
+
 @pytest.mark.parametrize("refresh", [1, 3, Step(((0, 1), (3, 2)))])
 def test_masks_follow_the_weights(mlp, data, refresh):
     model = mlp()

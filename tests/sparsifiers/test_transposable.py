@@ -92,6 +92,20 @@ def test_one_start_for_all_and_a_dense_tail(mlp, fit):
     assert torch.equal(model[0].weight, dense)
 
 
+def test_frozen_masks_follow_no_more_but_n_does(mlp, fit):
+    model = mlp()
+    optimizer = sgd(model)
+    sparsifier = TransposableNM(model, 2, 8, refresh=1, freeze=3, ramp=6)
+    seen, flips = [], []
+    for step in range(1, 10):
+        fit(model, sparsifier, optimizer, 1, step)
+        seen.append(counts(sparsifier)["0"])
+        flips.append(sparsifier.sad(total=True)["0"])
+    assert seen == [5, 4, 3, 2, 2, 2, 2, 2, 2]
+    assert flips[3] > flips[2] > flips[1]
+    assert flips[3:] == flips[3:4] * 6
+
+
 def test_refresh_follows_a_schedule(mlp, fit):
     model = mlp()
     sparsifier = TransposableNM(model, 2, 4, refresh=Step(((0, 2), (5, 100))))
@@ -197,6 +211,11 @@ def test_rules_and_patterns(mlp):
         ({"ramp": 0}, SparsifierError, r"TransposableNM: ramp=0 must be an int of at least 1"),
         ({"ramp": Constant(2)}, SparsifierError, r"ramp\(0\) is 2; it must be from 0 \(n\) to 1"),
         ({"dense_tail": 1.5}, SparsifierError, r"dense_tail=1.5 must be an int of at least 0"),
+        (
+            {"freeze": -1},
+            SparsifierError,
+            r"freeze=-1 must be an int of at least 0",
+        ),
         ({"weight_grad": "half"}, SparsifierError, r"weight_grad='half' must be 'dense' or"),
         ({"static": True, "weight_grad": "dense"}, SparsifierError, r"would move the zeros"),
         ({"static": True, "ramp": 3}, SparsifierError, r"ramp=3 has no meaning with static=True"),
