@@ -20,15 +20,16 @@ from sparsefx.sparsifiers.gram import Gram
 from sparsefx.sparsifiers.least_squares import check_damping
 from sparsefx.sparsifiers.targets import Rules
 
+DEAD = 1e-9  # of lambda: what an input that never acts counts for
 BLOCK = 128  # columns whose updates are gathered before they touch the rest: algorithm 1's B
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """Return the upper triangular U with U^T U = (H + lambda)^-1, float64 [K, K].
 
-    lambda is damping times the mean of H's diagonal. An input that was always zero has only lambda
-    on its diagonal, so its weights are the cheapest to prune, and receive no updates; where all
-    were, H + lambda is taken as the unit matrix.
+    lambda is damping times the mean of H's diagonal. An input that was always zero gets next to
+    nothing instead, so that its weights are the cheapest to prune, the smallest first; they take
+    part in no update. Where all inputs were zero, H + lambda is taken as the unit matrix.
 
     Raises:
         SparsifierError: damping isn't > 0, or a value isn't finite.
@@ -38,7 +39,8 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
         raise SparsifierError("gram holds NaN or infinity")
     hessian = gram.to(torch.float64, copy=True)
     shift = damping * float(hessian.diagonal().mean()) if len(hessian) else 0.0
-    hessian.diagonal().add_(shift or 1.0)
+    dead = hessian.diagonal() == 0
+    hessian.diagonal().add_(torch.where(dead, shift * DEAD, shift) if shift else 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor
