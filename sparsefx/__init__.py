@@ -51,6 +51,10 @@ def __getattr__(name: str) -> Any:
         from sparsefx.onnx import export_onnx
 
         return export_onnx
+    if name in ("PermutationReport", "permute_channels"):
+        from sparsefx import permutation
+
+        return getattr(permutation, name)
     if name == "testing":
         import sparsefx.testing as testing
 

@@ -31,3 +31,7 @@ class SparsifierError(SparsefxError, ValueError):
 
 class SparsefxWarning(UserWarning):
     """Something stayed dense because a pass failed, or runs a slower way; the message says why."""
+
+
+class PermutationError(SparsefxError, RuntimeError):
+    """A permutation that would change the model's function: the message names the channels."""

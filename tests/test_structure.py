@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "registration": {"compat", "backend"},
     "onnx": PIPELINE_MAY | {"capture", "pipeline"},
     "sparsifiers": LEAVES,
+    "permutation": LEAVES | {"capture", "naming", "rewriting"},
 }
 ABOVE_ALL = {"__init__", "testing"}  # may import every room; no room may import them
 
