@@ -16,12 +16,7 @@ from sparsefx import compat
 from sparsefx.config import NM
 from sparsefx.errors import SparsifierError
 from sparsefx.masks import nm_mask, transposable_mask
-from sparsefx.sparsifiers.mask import (
-    Mask,
-    check_checkpoint,
-    local,
-    shard_like,
-)
+from sparsefx.sparsifiers.mask import Mask, check_checkpoint, local, shard_like
 from sparsefx.sparsifiers.report import Report, make_report
 from sparsefx.sparsifiers.targets import Rules, Target, find_targets
 

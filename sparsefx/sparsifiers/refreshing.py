@@ -9,13 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsefx.config import NM
 from sparsefx.errors import SparsifierError
 from sparsefx.sparsifiers.base import Layer, Sparsifier
-from sparsefx.sparsifiers.decay import (
-    Decay,
-    check_decay,
-    check_holds,
-    check_optimizer,
-    shrink,
-)
+from sparsefx.sparsifiers.decay import Decay, check_decay, check_holds, check_optimizer, shrink
 from sparsefx.sparsifiers.mask import full
 from sparsefx.sparsifiers.schedules import Schedule, as_schedule, whole_number
 from sparsefx.sparsifiers.targets import Rules, Target

@@ -1,10 +1,8 @@
 """Two gloo processes under DDP and FSDP2 train as one process does on the whole batch."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,46 +141,51 @@ def check_squash(
         assert not torch.equal(whole(p.detach()), old)
 
 
-def worker(rank: int, folder: str, jobs: list[tuple[str, str, bool]]) -> None:
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
     )
     run = {"ddp": with_ddp, "fsdp": with_fsdp}
-    results = [run[how](kind, rank, flag) for how, kind, flag in jobs]
+    results = [run[how](kind, rank, flag) for how, kind, flag in JOBS]
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-JOBS = {
-    "ddp": [(kind, flag) for kind in ("srste", "dynamic") for flag in (False, True)]
-    + [("decoupled", False), ("static", False)],
-    "fsdp": [(kind, flag) for kind in ("srste", "dynamic") for flag in (False, True)]
-    + [("decoupled", False), ("static", False)],
-}
+JOBS = [
+    (how, kind, flag)
+    for how in ("ddp", "fsdp")
+    for kind in ("srste", "dynamic", "decoupled", "static")
+    for flag in ((False, True) if kind in ("srste", "dynamic") else (False,))
+]
 
 
-@pytest.mark.parametrize("how", JOBS)
-def test_two_processes_agree_with_one(tmp_path: Path, how: str):
-    jobs = [(how, kind, flag) for kind, flag in JOBS[how]]
-    command = [sys.executable, "-P", "-W", "error", __file__, str(tmp_path), json.dumps(jobs)]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
+    """What each rank found, for all jobs: starting processes is what takes long."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-P", "-W", "error", __file__, str(folder)]
     started = [
         subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
         for rank in range(WORLD)
     ]
     said = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [0] * WORLD, "\n".join(said)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
-    for (_, kind, _), mine, other in zip(jobs, *ranks, strict=True):
-        expected = single(kind)
-        assert mine.keys() == expected.keys()
-        for key, value in expected.items():
-            assert torch.equal(mine[key], other[key]), (kind, key)
-            if value.is_floating_point():
-                torch.testing.assert_close(mine[key], value, rtol=1e-8, atol=1e-10)
-            else:
-                assert torch.equal(mine[key], value), (kind, key)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("job", range(len(JOBS)), ids=["-".join(map(str, job)) for job in JOBS])
+def test_two_processes_agree_with_one(results: list[list[dict[str, Tensor]]], job: int):
+    mine, other = (found[job] for found in results)
+    expected = single(JOBS[job][1])
+    assert mine.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(mine[key], other[key]), key
+        if value.is_floating_point():
+            torch.testing.assert_close(mine[key], value, rtol=1e-8, atol=1e-10)
+        else:
+            assert torch.equal(mine[key], value), key
 
 
 if __name__ == "__main__":  # what each process runs
-    worker(int(sys.argv[3]), sys.argv[1], json.loads(sys.argv[2]))
+    worker(int(sys.argv[2]), sys.argv[1])
