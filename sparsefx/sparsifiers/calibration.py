@@ -70,7 +70,7 @@ class Calibrated(Sparsifier):
 
     Construction puts magnitude masks on the model; :meth:`calibrate` replaces masks and weights.
     Masks are frozen, with the masked gradient: fine-tuning moves the weights that are kept, and
-    :meth:`step` clears what an optimizer puts outside.
+    :meth:`step` clears what an optimizer puts outside (so calibrate before the first step).
 
     Args:
         model: changed in place, once every check has passed.
@@ -129,8 +129,7 @@ class Calibrated(Sparsifier):
 
     def advance(self, layer: Layer, step: int) -> None:
         """Clear what momentum or weight decay put outside the mask."""
-        if self.calibration is not None:
-            clear_outside(layer)
+        clear_outside(layer)
 
     def calibrate(self, batches: Iterable[Any], forward: Forward | None = None) -> Calibration:
         """Run the batches and write masks and weights, layer by layer.
@@ -177,6 +176,11 @@ class Calibrated(Sparsifier):
                 f"this {type(self).__name__} was calibrated before, and the dense weights are "
                 "gone: start again from the dense model"
             )
+        if self.steps:
+            raise SparsifierError(
+                f"step() was called {self.steps} times and cleared the weights outside the masks: "
+                "calibrate before training"
+            )
         for name, layer in self.layers.items():
             if is_sharded(layer.weight):
                 raise SparsifierError(f"layer {name!r} is sharded: calibrate before fully_shard")
@@ -195,6 +199,7 @@ class _Work:
         self.dense = {k: layer.weight.detach().clone() for k, layer in owner.layers.items()}
         self.masks = {k: layer.mask.mask.clone() for k, layer in owner.layers.items()}
         self.new: dict[str, Tensor] = {}
+        self.new_masks: dict[str, Tensor] = {}
 
     def __enter__(self) -> _Work:
         for layer in self.owner.layers.values():
@@ -204,8 +209,9 @@ class _Work:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is not None:
             self.switch(dense=True)
+        final = self.masks | (self.new_masks if kind is None else {})
         for name, layer in self.owner.layers.items():
-            layer.mask.mask.copy_(self.masks[name])
+            layer.mask.mask.copy_(final[name])
 
     @torch.no_grad()
     def switch(self, dense: bool) -> None:
@@ -259,7 +265,7 @@ class _Work:
         new, mask = self.owner.solve(layer, w, mask, gram)
         new = new.to(stored.dtype)
         self.new[target.name] = target.unmatrix(new.view(matrix.shape))
-        self.masks[target.name] = target.unmatrix(mask.view(matrix.shape))
+        self.new_masks[target.name] = target.unmatrix(mask.view(matrix.shape))
         zero, inputs = torch.zeros_like(w), gram.count
         energy = gram_error(zero, w, gram)
         before, after = (gram_error(v.to(torch.float64), w, gram) for v in (plain, new))

@@ -50,8 +50,14 @@ class Gram:
             dense: the dense net's inputs of the same shape; with ``paired`` only.
 
         Raises:
-            SparsifierError: an input is NaN or infinite, or the two shapes differ.
+            SparsifierError: an input is NaN or infinite, K is another than the weight's, or the
+                two shapes differ.
         """
+        size = self.sum.shape[1]
+        if rows.shape[2] != size:
+            raise SparsifierError(
+                f"its input has {rows.shape[2]} values for each output, and its weight takes {size}"
+            )
         rows = _finite(rows)
         self.sum[groups].baddbmm_(rows.mT, rows)
         self.count += rows.shape[1]

@@ -83,7 +83,7 @@ class Stream:
 
     def check_repeats(self) -> None:
         """Raise SparsifierError for an iterator: it ends for good after one round."""
-        if iter(self.batches) is self.batches:
+        if isinstance(self.batches, Iterator):
             raise SparsifierError(
                 f"batches is a {type(self.batches).__name__}, which runs only once, and sequential "
                 "mode runs the batches for each layer; pass a list or a DataLoader, or "
@@ -142,11 +142,15 @@ class Survey:
         """Layers that share an input, so that one Gram serves them; in execution order."""
         stages: list[list[Target]] = []
         for target in self.order:
-            if stages and self.joined[target.name] == stages[-1][-1].name:
+            before = self.joined[target.name]
+            if stages and before == stages[-1][-1].name and self._alike(target.name, before):
                 stages[-1].append(target)
             else:
                 stages.append([target])
         return stages
+
+    def _alike(self, name: str, before: str) -> bool:
+        return self.calls[name] == self.calls[before]
 
 
 def survey(stream: Stream, targets: Iterable[Target], grams: dict[str, Gram] | None) -> Survey:
