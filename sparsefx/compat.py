@@ -25,6 +25,7 @@ __all__ = [
     "decompositions",
     "get_proxy_mode",
     "has_kernel",
+    "holds_values",
     "input_source",
     "retrace",
     "shown_to_the_user",
@@ -38,6 +39,18 @@ Observe = Callable[[str, GraphModule, int], None]
 def has_kernel(op: str, key: str) -> bool:
     """Whether the dispatcher has a kernel of ``op`` (with namespace) under a dispatch key."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that Python may look at: neither fake nor traced by make_fx.
+
+    Dynamo leaves its graph where such code begins, so it counts as yes.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if torch.compiler.is_compiling():
+        return True
+    return get_proxy_mode() is None and not isinstance(tensor, FakeTensor)
 
 
 class _Decompositions(dict[Any, Callable[..., Any]]):
@@ -467,3 +480,22 @@ def _fsdp_modules(model: torch.nn.Module) -> list[Any]:
     if fsdp is None:  # not imported, so not in use
         return []
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def trace_into(module: str) -> None:
+    """Let Dynamo trace the functions of a module of torch that it would skip.
+
+    Args:
+        module: its full name; it need not be imported yet.
+    """
+    from torch._dynamo import trace_rules
+
+    trace_rules.MOD_INLINELIST.add(module)
+    trace_rules.get_mod_inlinelist.cache_clear()
+
+
+def on_values() -> Any:
+    """Return a context in which real tensors can be computed with, inside a tracing one too."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()

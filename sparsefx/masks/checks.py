@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from sparsefx.errors import MaskError
+from sparsefx.masks.magnitudes import ALL
 
 LARGEST_GROUP = 64
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_pattern(n: int, m: int) -> None:
@@ -28,9 +28,9 @@ def check_pattern(n: int, m: int) -> None:
 
 
 def check_weight(w: Tensor) -> None:
-    """Raise MaskError unless w is of a floating dtype that magnitudes are taken of here."""
-    if w.dtype not in FLOATS:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+    """Raise MaskError unless w is of a dtype that has magnitudes."""
+    if w.dtype not in ALL:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in ALL)
         raise MaskError(
             f"a mask of a {w.dtype} tensor is not defined; convert it to one of {names} first"
         )
@@ -66,3 +66,13 @@ def check_values(w: Tensor, what: str) -> None:
             f"{what} needs values, and a tensor of shape {tuple(w.shape)} on the meta device has "
             "none; move it to a real device first"
         )
+
+
+def check_mask(w: Tensor, mask: Tensor) -> None:
+    """Raise MaskError unless the mask is bool, of w's shape, and holds values."""
+    if mask.dtype != torch.bool or mask.shape != w.shape:
+        raise MaskError(
+            f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; pass torch.bool of w's shape "
+            f"{tuple(w.shape)}"
+        )
+    check_values(mask, "a mask")

@@ -25,7 +25,7 @@ class Diversity:
 
 
 def mask_diversity(
-    n: int, m: int, elements: int | None = None, transposable: bool = False
+    n: int, m: int, transposable: bool = False, elements: int | None = None
 ) -> Diversity:
     """Count the N:M masks of so many weights.
 
@@ -36,9 +36,9 @@ def mask_diversity(
     Args:
         n: the number kept of every m.
         m: the size of a group or the side of a tile; at most 14 for transposable masks.
+        transposable: count masks with n per row and column of each m x m tile.
         elements: the number of weights, a multiple of m (transposable: of m * m); one group or
             tile by default.
-        transposable: count masks with n per row and column of each m x m tile.
 
     Raises:
         MaskError: an argument is none of the above.

@@ -21,6 +21,7 @@ _CHUNK = 1 << 18  # entries solved at once, to stay in the cache
 _FAR = torch.inf
 
 
+@torch.compiler.disable(reason="the steps of a mask solver depend on values")  # type: ignore[untyped-decorator]
 def solve(tiles: Tensor, n: int) -> Tensor:
     """Mark the entries of largest total |w| within the limits, as many as these allow.
 

@@ -24,6 +24,7 @@ from sparsefx.masks.levels import finite_levels
 _CHUNK = 1 << 18  # entries solved at once, to stay in the cache
 
 
+@torch.compiler.disable(reason="the steps of a mask solver depend on values")  # type: ignore[untyped-decorator]
 def solve(tiles: Tensor, n: int) -> Tensor:
     """Mark heavy entries, at most n per row and column and as many as that allows.
 

@@ -1,8 +1,7 @@
 """Row-wise N:M: of every m consecutive |w| along an axis, keep the n largest.
 
-Magnitudes are ranked by their bit patterns, which for floats that are not negative order as the
-numbers do. One more pattern, just above infinity's, stands for every NaN, so a NaN is the largest
-magnitude there is: it is kept and shows itself.
+Magnitudes are ranked by integers (magnitudes.py). One of them, above infinity's, stands for every
+NaN, so a NaN is the largest magnitude there is: it is kept and shows itself.
 """
 
 import torch
@@ -11,14 +10,8 @@ from torch import Tensor
 from sparsefx.compat import get_proxy_mode
 from sparsefx.errors import MaskError
 from sparsefx.masks.checks import check_dim, check_pattern, check_weight
+from sparsefx.masks.magnitudes import rank_keys
 
-# An integer as wide as the float, and the bits of the float's infinity.
-_BITS = {
-    torch.float64: (torch.int64, 0x7FF0000000000000),
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-}
 _MOST_PAIRED = 8  # 28 pairs; at 16 the 120 pairs take Inductor 5 to 9 s to compile
 
 
@@ -29,7 +22,8 @@ def nm_mask(w: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     (torch.compile, make_fx, fake tensors, symbolic sizes): no value of w decides what is run.
 
     Args:
-        w: float64, float32, float16 or bfloat16, of any rank above 0 and any strides.
+        w: of any rank above 0 and any strides; any floating dtype, float8 included, any integer,
+            bool or complex one (by modulus). Packed and quantised dtypes have no magnitudes here.
         n: how many to keep of each group, 1 <= n < m. (Some papers count the zeros instead.)
         m: the size of a group, at most 64; it has to divide the size of w along dim.
         dim: the dimension along which groups run.
@@ -52,7 +46,7 @@ def nm_mask(w: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     place = _memory_order(w)
     order = sorted(range(w.dim()), key=place.__getitem__)
     axis = place[dim]
-    groups = torch.unflatten(_magnitude_bits(w.permute(order)), axis, (-1, m))  # [..., K/m, m, ...]
+    groups = torch.unflatten(rank_keys(w.permute(order)), axis, (-1, m))  # [..., K/m, m, ...]
     return _keep_largest(groups, n, axis + 1).flatten(axis, axis + 1).permute(place)
 
 
@@ -66,12 +60,6 @@ def _memory_order(w: Tensor) -> list[int]:
         for j in range(i + 1, w.dim()):
             place[j if w.stride(i) >= w.stride(j) else i] += 1
     return place
-
-
-def _magnitude_bits(w: Tensor) -> Tensor:
-    """Integers that order as |w| does; any NaN is one above infinity."""
-    integer, infinity = _BITS[w.dtype]
-    return w.detach().abs().view(integer).clamp(max=infinity + 1)
 
 
 def _keep_largest(bits: Tensor, n: int, axis: int) -> Tensor:
@@ -100,10 +88,10 @@ def _by_table(bits: Tensor, n: int, axis: int) -> Tensor:
     """Compare all with all, [..., m, m, ...]: one reduction, so the graph is small at any m."""
     m = bits.shape[axis]
     place = torch.arange(m, device=bits.device)
-    earlier = (place[None, :] < place[:, None]).to(bits.dtype)  # [mine, other]
+    earlier = place[None, :] < place[:, None]  # [mine, other]
     earlier = earlier.view(m, m, *[1] * (bits.dim() - 1 - axis))
     mine, other = bits.unsqueeze(axis + 1), bits.unsqueeze(axis)
-    return (other + earlier > mine).sum(axis + 1) < n  # integers: of equals, the earlier wins
+    return ((other > mine) | ((other == mine) & earlier)).sum(axis + 1) < n
 
 
 def _by_sorting(bits: Tensor, n: int, axis: int) -> Tensor:

@@ -15,6 +15,7 @@ _SOURCE = Path(__file__).with_name("exact.cpp")
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.compiler.disable(reason="the steps of a mask solver depend on values")  # type: ignore[untyped-decorator]
 def solve(tiles: Tensor, n: int) -> Tensor | None:
     """Mark the best entries, as flow.solve does; None where there is no compiler.
 

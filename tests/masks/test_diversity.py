@@ -38,13 +38,13 @@ def test_the_exact_solver_knows_as_many_patterns(n, m):
 
 
 def test_both_numbers_for_64_weights():
-    rows, tiles = mask_diversity(2, 4, 64), mask_diversity(4, 8, 64, transposable=True)
+    rows, tiles = mask_diversity(2, 4, elements=64), mask_diversity(4, 8, True, 64)
     assert rows.exact == rows.formula == comb(4, 2) ** 16
     assert tiles.formula == 17_557_585_920_000
     assert tiles.exact < rows.exact < tiles.formula  # why both are told
-    assert mask_diversity(2, 4, 64, transposable=True).exact == 90**4
-    assert mask_diversity(1, 4, 64, transposable=True).exact == 24**4
-    assert mask_diversity(1, 4, 64, transposable=True).formula == 24**4
+    assert mask_diversity(2, 4, True, 64).exact == 90**4
+    assert mask_diversity(1, 4, True, 64).exact == 24**4
+    assert mask_diversity(1, 4, True, 64).formula == 24**4
 
 
 def test_the_count_is_symmetric_and_the_formula_is_not():
@@ -54,17 +54,17 @@ def test_the_count_is_symmetric_and_the_formula_is_not():
 
 
 def test_no_weights_have_one_mask():
-    assert mask_diversity(2, 4, 0).exact == 1
+    assert mask_diversity(2, 4, elements=0).exact == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((2, 4, 6), "elements=6 is not a multiple of 4, one block of m=4"),
-        ((2, 4, 24, True), "elements=24 is not a multiple of 16, one block of m=4"),
-        ((2, 4, -4), "elements=-4 is not a multiple"),
-        ((2, 4, 4.0), "elements=4.0 is of type float; pass an int"),
-        ((8, 16, None, True), "m=16 is too large to count tiles of: pass m <= 14"),
+        ((2, 4, False, 6), "elements=6 is not a multiple of 4, one block of m=4"),
+        ((2, 4, True, 24), "elements=24 is not a multiple of 16, one block of m=4"),
+        ((2, 4, False, -4), "elements=-4 is not a multiple"),
+        ((2, 4, False, 4.0), "elements=4.0 is of type float; pass an int"),
+        ((8, 16, True), "m=16 is too large to count tiles of: pass m <= 14"),
         ((4, 4), "n=4 of every m=4 prunes nothing"),
     ],
 )

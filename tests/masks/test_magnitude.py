@@ -1,6 +1,8 @@
 """nm_mask: the rule against plain Python, every dtype and layout, and what it says to nonsense."""
 
+import cmath
 import math
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -10,11 +12,15 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsefx.errors import MaskError
-from sparsefx.masks import is_valid, magnitude, nm_mask
+from sparsefx.masks import is_valid, magnitude, magnitudes, nm_mask
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (2, 3), (4, 8), (5, 9), (8, 16), (16, 32), (63, 64)]
 INF, NAN = math.inf, math.nan
+
+
+def is_nan(value):
+    return cmath.isnan(value) if isinstance(value, complex) else math.isnan(value)
 
 
 def by_hand(row, n, m):
@@ -22,10 +28,10 @@ def by_hand(row, n, m):
     keep = []
     for start in range(0, len(row), m):
         group = row[start : start + m]
-        rank = sorted(range(m), key=lambda i: (not math.isnan(group[i]), -abs(group[i]), i))
-        if any(map(math.isnan, group)):  # comparisons with NaN would leave sorted without an order
-            nans = [i for i in range(m) if math.isnan(group[i])]
-            rest = [i for i in range(m) if not math.isnan(group[i])]
+        rank = sorted(range(m), key=lambda i: (not is_nan(group[i]), -abs(group[i]), i))
+        if any(map(is_nan, group)):  # comparisons with NaN would leave sorted without an order
+            nans = [i for i in range(m) if is_nan(group[i])]
+            rest = [i for i in range(m) if not is_nan(group[i])]
             rank = nans + sorted(rest, key=lambda i: (-abs(group[i]), i))
         keep += [i in rank[:n] for i in range(m)]
     return keep
@@ -66,7 +72,7 @@ def test_ties_and_what_is_not_finite(row, kept, times):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_nans_rank_alike_whatever_their_bits(dtype):
-    integer = magnitude._BITS[dtype][0]
+    integer = magnitudes.BITS[dtype][0]
     quiet = torch.tensor(NAN, dtype=dtype).view(integer)
     w = torch.stack([quiet, quiet + 1, quiet.new_zeros(()), quiet + 1]).view(dtype)
     assert nm_mask(w, 2, 4).tolist() == [True, True, False, False]
@@ -77,7 +83,7 @@ def test_all_nans_rank_alike_whatever_their_bits(dtype):
 def test_three_ways_to_rank_agree(n, m, dtype):
     w = torch.randn(4, m, 6).round(decimals=1)
     w[0, ::3], w[1, ::2], w[2, 1::3] = NAN, INF, -0.0
-    bits = magnitude._magnitude_bits(w.to(dtype)).unflatten(1, (-1, m))
+    bits = magnitudes.rank_keys(w.to(dtype)).unflatten(1, (-1, m))
     ways = [magnitude._by_pairs, magnitude._by_table, magnitude._by_sorting]
     first, *others = [way(bits, n, 2) for way in ways]
     assert all(torch.equal(first, other) for other in others)
@@ -181,6 +187,46 @@ def test_inductor(n, m, dtype):
     assert torch.equal(prune(w), torch.where(nm_mask(w, n, m, 0), w, 0))
 
 
+def sample(dtype, *shape):
+    """Values of any dtype, the extreme ones and ties among them."""
+    if dtype in magnitudes.SIGNED + magnitudes.UNSIGNED[1:]:
+        info = torch.iinfo(dtype)
+        flat = [info.min, info.max, 0, 1, info.max - 1, info.min + 1, 3, 3]
+        picked = torch.randint(0, 8, shape).flatten().tolist()
+        return torch.tensor([flat[i] for i in picked], dtype=dtype).view(shape)
+    if dtype in magnitudes.COMPLEX:
+        w = torch.complex(torch.randn(shape).round(), torch.randn(shape).round())
+        w[0, :2] = torch.tensor([complex(0, NAN), complex(INF, 1)])
+        return w.to(dtype)
+    w = torch.randn(shape).round(decimals=1)
+    return w > 0 if dtype == torch.bool else w.to(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("dtype", [d for d in magnitudes.ALL if d not in DTYPES], ids=str)
+def test_every_other_dtype(dtype):
+    w = sample(dtype, 6, 32)
+    if dtype in magnitudes.FLOATS8:
+        w[0, 3], w[1, 5] = NAN, -NAN
+    values = w.to(torch.float32) if dtype in magnitudes.FLOATS8 else w
+    for n, m in ((2, 4), (5, 16)):
+        mask = nm_mask(w, n, m)
+        assert torch.equal(mask, mask_by_hand(values, n, m, 1))
+        pairs = [magnitude._by_pairs, magnitude._by_table, magnitude._by_sorting]
+        keys = magnitudes.rank_keys(w).unflatten(1, (-1, m))
+        assert all(torch.equal(way(keys, n, 2).flatten(1), mask) for way in pairs)
+        traced = make_fx(partial(nm_mask, n=n, m=m), tracing_mode="fake")(w)
+        assert torch.equal(traced(w), mask)
+
+
+def test_the_most_negative_integer_is_the_largest():
+    for dtype in magnitudes.SIGNED:
+        info = torch.iinfo(dtype)
+        w = torch.tensor([info.max, info.min, info.min + 1, 0], dtype=dtype)
+        assert nm_mask(w, 1, 4).tolist() == [False, True, False, False]
+        assert nm_mask(w, 2, 4).tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (16, 32)])
 def test_traced(n, m, mode):
@@ -221,12 +267,12 @@ def test_messages(arguments, message):
         nm_mask(torch.randn(3, 10), *arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_message_about_the_dtype(dtype):
+def test_message_about_the_dtype():
+    packed = torch.empty(4, 8, dtype=torch.float4_e2m1fn_x2)
     with pytest.raises(
-        MaskError, match=f"{dtype} tensor is not defined; convert it to one of float64"
+        MaskError, match=f"{packed.dtype} tensor is not defined; convert it to one of float64"
     ):
-        nm_mask(torch.zeros(4, 8).to(dtype), 2, 4)
+        nm_mask(packed, 2, 4)
 
 
 def test_message_about_a_scalar():
