@@ -60,6 +60,8 @@ def test_our_backend_compiles_once(mlp, fit, name):
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value)
     assert sparsifier.sad(total=True) == expected.sad(total=True)
+    text = str(sfx.explain(compiled))
+    assert text.count("stored mask 2:4" if name == "srste" else "stored mask 100%") == 3, text
 
 
 def test_accumulation_autocast_and_scaling_under_compilation(mlp):

@@ -1,13 +1,16 @@
 """SRSTE: the exact gradient, once per step, scaled, decoupled; masks that follow the weights."""
 
+import copy
 import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparsefx import NM, Rule, SparsifierError
-from sparsefx.masks import nm_mask
+from sparsefx.masks import is_valid, nm_mask
 from sparsefx.sparsifiers import SRSTE, Step
 
 DECAY = 0.1
@@ -44,6 +47,32 @@ def test_the_gradient_is_exact(mlp, dtype, transposable):
     for name, w in weights(sparsifier).items():
         mask = sparsifier.masks()[name]
         assert torch.equal(w.grad, expected[name] + DECAY * (~mask * w)), name
+
+
+SHAPES = st.tuples(*[st.integers(1, 4)] * 3, st.sampled_from([1, 2]), st.integers(0, 2))
+
+
+@given(SHAPES, st.integers(0, 2**16), st.booleans())
+def test_any_layer(shape, seed, ties):
+    """Every group keeps n of m, and the gradient is G + decay (1 - mask) W, whatever the layer."""
+    out, blocks, taps, groups, kind = shape
+    n, m = ((1, 2), (2, 4), (3, 5))[kind]
+    torch.manual_seed(seed)
+    depth = blocks * m
+    layer = nn.Conv1d(depth * groups, out * groups, taps, groups=groups)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.mul(8).round() if ties else layer.weight)
+    plain = copy.deepcopy(layer)
+    sparsifier = SRSTE(nn.Sequential(layer), n, m, decay=DECAY)
+    (w,), (mask,) = weights(sparsifier).values(), sparsifier.masks().values()
+    assert is_valid(mask, n, m, dim=1)
+    assert int(mask.sum()) * m == mask.numel() * n
+    x = torch.randn(2, depth * groups, taps + 1)
+    with torch.no_grad():
+        plain.weight.mul_(mask)
+    plain(x).square().sum().backward()
+    layer(x).square().sum().backward()
+    assert torch.equal(w.grad, plain.weight.grad + DECAY * (~mask * w))
 
 
 def test_the_gradient_against_float64(mlp):
