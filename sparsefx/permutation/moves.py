@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparsefx.permutation.axes import Dim, Sum, cut, new_dim, pin, regroup, unify
+from sparsefx.permutation.axes import Dim, Prod, Sum, cut, new_dim, pin, regroup, unify
 from sparsefx.permutation.flow import (
     Flow,
     Rule,
@@ -186,6 +186,24 @@ def _padded(flow: Flow, node: Node) -> list[Dim]:
     return pinned_along(flow, node, touched, "pads them")
 
 
+def _repeated(flow: Flow, node: Node) -> list[Dim]:
+    dims = flow.dims(node.args[0])
+    repeats: Any = node.args[1]
+    padded = [*(new_dim(1) for _ in range(len(repeats) - len(dims))), *dims]
+    return [Prod((new_dim(n), dim)) for n, dim in zip(repeats, padded, strict=True)]
+
+
+def _gated(flow: Flow, node: Node) -> list[Dim]:
+    """glu: the first half times the sigmoid of the second."""
+    dims = list(flow.dims(node.args[0]))
+    dim = axis_of(node, 1, "dim", len(dims), -1)
+    size = shape_of(node)[dim]
+    first, second = cut(dims[dim], 0, size), cut(dims[dim], size, 2 * size)
+    unify(first, second)
+    dims[dim] = first
+    return dims
+
+
 def _flipped(flow: Flow, node: Node) -> list[Dim]:
     rank, dims = len(shape_of(node)), argument(node, 1, "dims")
     return pinned_along(flow, node, [dim % rank for dim in dims], "reverses their order")
@@ -223,5 +241,8 @@ MOVES: dict[Any, Rule] = {
     aten.gather.default: _gathered,
     aten.constant_pad_nd.default: _padded,
     aten.flip.default: _flipped,
+    torch.ops.prims.rev.default: _flipped,
+    aten.repeat.default: _repeated,
+    aten.glu.default: _gated,
     operator.getitem: _picked,
 }  # fmt: skip

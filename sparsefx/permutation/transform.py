@@ -173,4 +173,4 @@ def _why_not(layer: Layer, planned: Planned) -> str:
     reasons = [found.get(axis) or axis.reason for axis in axes]
     blocks = {one.block for one in planned.channels}
     telling = [r for axis, r in zip(axes, reasons, strict=True) if r and axis not in blocks]
-    return "; ".join(dict.fromkeys(telling))
+    return "; ".join(dict.fromkeys(telling or reasons))
