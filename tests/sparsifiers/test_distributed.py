@@ -141,6 +141,35 @@ def check_squash(
         assert not torch.equal(whole(p.detach()), old)
 
 
+def check_mixed_precision(rank: int) -> None:
+    """Weights are multiplied in bfloat16; the decay is added in float32 all the same."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    grads = []
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for decay in (0.0, 0.05):
+        model = net().float()
+        sparsifier = SRSTE(model, decay=decay)
+        fully_shard(model, mp_policy=policy)
+        sparsifier.attach()
+        model(batches(0)[0].float().chunk(WORLD)[rank]).square().mean().backward()
+        grads.append([whole(layer.weight.grad) for layer in sparsifier.layers.values()])
+    for plain, decayed, layer in zip(*grads, sparsifier.layers.values(), strict=True):
+        w = whole(layer.weight.detach())
+        assert plain.dtype == w.dtype == torch.float32
+        assert torch.equal(decayed, plain + 0.05 * (~layer.mask.mask * w))
+
+
+def check_order() -> None:
+    """A model that is sharded already is refused, and stays as it is."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(net())
+    with pytest.raises(SparsifierError, match=r"layer '0' is sharded already: construct the"):
+        SRSTE(model)
+    assert list(model.state_dict()) == list(net().state_dict())
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -148,6 +177,8 @@ def worker(rank: int, folder: str) -> None:
     )
     run = {"ddp": with_ddp, "fsdp": with_fsdp}
     results = [run[how](kind, rank, flag) for how, kind, flag in JOBS]
+    check_mixed_precision(rank)
+    check_order()
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
