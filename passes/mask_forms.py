@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from sparsefx import naming
+from sparsefx import compat, naming
 from sparsefx.rewriting import INPUT, arguments, value
 
 aten = torch.ops.aten
 
 CASTS = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
-SAME = CASTS | {aten.alias.default, aten.detach.default, aten.clone.default}
+SAME = CASTS | {
+    aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default,
+}  # fmt: skip
 VIEWS = SAME | {
     aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default,
     aten.reshape.default, aten._unsafe_view.default, aten.slice.Tensor, aten.select.int,
@@ -139,21 +141,31 @@ class MaskFinder:
 
     def _has_zeros(self, mask: Mask) -> bool:
         """Whether a factor may be called a mask: bool, or not known to hold no zero."""
-        known = mask.source.meta.get(INPUT)
+        known = self.described(mask.source)
         density = known.density if known is not None else None
-        if (
-            mask.source.op == "get_attr"
-            and (held := constant_of(self._gm, mask.source)) is not None
-        ):
-            density = float(held.count_nonzero()) / max(held.numel(), 1)
         return _is_bool(mask.source) or density is None or density < 1
+
+    def described(self, source: Node) -> naming.Input | None:
+        """Say what is known of a placeholder or a constant, its zeros included."""
+        if source.op != "get_attr":
+            return source.meta.get(INPUT)
+        constant = self._constant(source)
+        if constant is None or constant.dim() < 2:
+            return None
+        with compat.on_values():
+            return naming.Input(source.name, "buffer", *naming.zeros_of(constant))
+
+    def _constant(self, node: Node) -> Tensor | None:
+        found = getattr(self._gm, str(node.target), None)
+        return found if type(found) in (Tensor, torch.nn.Parameter) else None
 
     def _is_zero(self, node: Node) -> bool:
         while node.target in VIEWS | {aten.expand.default}:
             node = arguments(node)[0]
         if node.op == "get_attr":
-            constant = constant_of(self._gm, node)
-            return constant is not None and constant.numel() == 1 and not constant.any()
+            constant = self._constant(node)
+            with compat.on_values():
+                return constant is not None and constant.numel() == 1 and not constant.any()
         place = _CONSTANTS.get(node.target)
         return place is not None and arguments(node)[place] == 0
 
@@ -164,13 +176,6 @@ def chain(operand: Node) -> Iterator[Node]:
     while operand.op == "call_function" and operand.target in VIEWS:
         operand = arguments(operand)[0]
         yield operand
-
-
-def constant_of(gm: GraphModule, node: Node) -> Tensor | None:
-    """Return the tensor behind a ``get_attr`` node, if its values are at hand."""
-    found = getattr(gm, str(node.target), None)
-    real = isinstance(found, Tensor) and type(found) in (Tensor, torch.nn.Parameter)
-    return found if real else None
 
 
 def _is_bool(node: Node) -> bool:

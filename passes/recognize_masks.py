@@ -10,28 +10,31 @@ Adds     mask, mask_pattern, mask_density or holds to the sites of a layer call;
 Keeps    the graph itself.
 """
 
+from collections.abc import Container
 from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule, Node
 
 from sparsefx import naming
-from sparsefx.passes.mask_forms import MaskFinder, MaskForm, axis_of, constant_of
+from sparsefx.passes.mask_forms import MaskFinder, MaskForm, axis_of
 from sparsefx.plan import Plan, Site
 from sparsefx.rewriting import INPUT, PLAN, PassResult, arguments, failing_at, plan_of
 
 aten = torch.ops.aten
 
 
-def recognize_masks(gm: GraphModule) -> PassResult:
-    """Run the pass."""
+def recognize_masks(gm: GraphModule, *, failed: Container[int] = ()) -> PassResult:
+    """Run the pass; layer calls whose group is in ``failed`` are left alone."""
     result, finder = PassResult(gm), MaskFinder(gm)
     found: dict[int, Site] = {}
     for node in gm.graph.nodes:
         plan = plan_of(node)
-        if plan is not None and plan.site.role == "forward" and plan.site.kind != "bmm":
+        if plan is None or plan.site.role != "forward" or plan.site.kind == "bmm":
+            continue
+        if plan.site.group not in failed:
             with failing_at("recognize_masks", node):
-                found[plan.site.group] = _forward_site(gm, finder, node, plan.site)
+                found[plan.site.group] = _forward_site(node, plan.site, finder)
     for node in gm.graph.nodes:
         plan = plan_of(node)
         known = found.get(plan.site.group) if plan is not None else None
@@ -63,7 +66,7 @@ def weight_operand(product: Node, side: str | None) -> Node:
     return arguments(product)[first + (side != "left")]  # type: ignore[no-any-return]
 
 
-def _forward_site(gm: GraphModule, finder: MaskFinder, node: Node, site: Site) -> Site:
+def _forward_site(node: Node, site: Site, finder: MaskFinder) -> Site:
     conv = site.kind == "conv"
     for side in ("right",) if conv else ("right", "left"):
         if site.weight not in (None, side):
@@ -72,7 +75,10 @@ def _forward_site(gm: GraphModule, finder: MaskFinder, node: Node, site: Site) -
         axis = 1 if conv or side == "left" else 0  # K of the operand
         form = finder.find(operand)
         if form is not None:
-            return _masked_site(gm, node, replace(site, weight=side), form, operand, axis)
+            at_mask = _axis_of_mask(form, operand, axis)
+            return _masked_site(
+                node, replace(site, weight=side), form, _look(finder, form, at_mask)
+            )
     if site.weight in ("left", "right"):
         operand = weight_operand(node, site.weight)
         root, axis_there = axis_of(operand, 0 if site.weight == "right" and not conv else 1)
@@ -82,20 +88,27 @@ def _forward_site(gm: GraphModule, finder: MaskFinder, node: Node, site: Site) -
     return site
 
 
-def _masked_site(
-    gm: GraphModule, node: Node, site: Site, form: MaskForm, operand: Node, axis: int
-) -> Site:
-    weight = naming.weight_of(form.weight)
-    density, pattern = _look(gm, form, _axis_of_mask(form, operand, axis))
+def _masked_site(node: Node, site: Site, form: MaskForm, look: tuple[float | None, str]) -> Site:
+    weight, (density, pattern) = naming.weight_of(form.weight), look
     known = form.mask.source.meta.get(INPUT)
     return replace(
         site,
         layer=naming.layer_of(node, weight),
         weight_name=weight,
-        mask=known.name if known is not None else form.mask.source.name,
+        mask=known.name if known is not None else _buffer_behind(form.mask.source),
         mask_density=density,
         mask_pattern=pattern,
     )
+
+
+def _buffer_behind(source: Node) -> str:
+    """Name what a mask is computed from, where that is one buffer; else its own node."""
+    seen, queue = {source}, [source]
+    for node in queue:
+        queue += [other for other in node.all_input_nodes if other not in seen]
+        seen.update(queue)
+    names = [node.meta[INPUT].name for node in queue if INPUT in node.meta]
+    return names[0] if len(names) == 1 else source.name
 
 
 def _axis_of_mask(form: MaskForm, operand: Node, axis: int) -> int | None:
@@ -109,12 +122,9 @@ def _axis_of_mask(form: MaskForm, operand: Node, axis: int) -> int | None:
     return None
 
 
-def _look(gm: GraphModule, form: MaskForm, axis: int | None) -> tuple[float | None, str]:
+def _look(finder: MaskFinder, form: MaskForm, axis: int | None) -> tuple[float | None, str]:
     """What is known of the mask's values: (density, N:M pattern)."""
-    source = form.mask.source
-    known = source.meta.get(INPUT)
-    if source.op == "get_attr" and (constant := constant_of(gm, source)) is not None:
-        known = naming.Input(source.name, "buffer", *naming.zeros_of(constant))
+    known = finder.described(form.mask.source)
     if known is None or known.density is None:
         return None, ""
     if form.mask.negated:

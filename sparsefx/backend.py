@@ -112,7 +112,8 @@ def cache_identity(record: Compilation, patches: Mapping[str, Any]) -> str | Non
         "torch": torch.__version__,
         "triton": _triton_version(),
         "config": config,
-        "inputs": [[i.name, i.kind] for i in record.inputs],
+        # a factor that holds no zero is no mask: the one thing that values decide
+        "inputs": [[i.name, i.kind, i.kind == "buffer" and i.density == 1] for i in record.inputs],
         "names": names,
         "device": _device(),
         "inductor": {key: repr(value) for key, value in patches.items()},

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,11 +27,13 @@ __all__ = [
     "has_kernel",
     "holds_values",
     "input_source",
+    "outside_graphs",
     "retrace",
     "shown_to_the_user",
     "trace_reference",
 ]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Rewrite = Callable[[GraphModule], None]
 Observe = Callable[[str, GraphModule, int], None]
 
@@ -51,6 +53,12 @@ def holds_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     return get_proxy_mode() is None and not isinstance(tensor, FakeTensor)
+
+
+def outside_graphs(function: Function) -> Function:
+    """Mark a function whose steps depend on values: Dynamo leaves its graph there and calls it."""
+    why = "its steps depend on values"
+    return cast(Function, torch.compiler.disable(function, reason=why))  # type: ignore[no-untyped-call]
 
 
 class _Decompositions(dict[Any, Callable[..., Any]]):

@@ -61,18 +61,13 @@ def zeros_of(tensor: Tensor) -> tuple[float, tuple[str, str]]:
     density = masks.density(tensor)
     if not 0 < density < 1:
         return density, ("", "")
-    found = (_find_pattern(tensor, dim) for dim in (0, 1))
-    along_0, along_1 = ("" if pattern is None else str(pattern) for pattern in found)
+    found = (masks.find_pattern(tensor, dim) for dim in (0, 1))
+    # scattered zeros hold some pattern as well, such as 28:32 where half of all are zero
+    along_0, along_1 = (
+        str(pattern) if pattern is not None and density > 0.95 * pattern.n / pattern.m else ""
+        for pattern in found
+    )
     return density, (along_0, along_1)
-
-
-def _find_pattern(tensor: Tensor, dim: int) -> str | None:
-    for n, m in ((1, 2), (1, 4), (2, 4), (4, 8)):
-        if not masks.is_valid(tensor, n, m, dim):
-            continue
-        both = masks.is_valid(tensor, n, m, 0, True)
-        return f"{n}:{m}" + (" transposable" if both else "")
-    return None
 
 
 def depending(nodes: Iterable[Node], kinds: Set[str]) -> set[Node]:

@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 
 from sparsefx import cost, naming, ops, passes
 from sparsefx.config import Dense, GraphPass, SparseConfig
-from sparsefx.errors import PassError, SparsefxWarning
+from sparsefx.errors import PassError
+from sparsefx.errors import SparsefxWarning as SparsefxWarning
 from sparsefx.plan import Decision, Plan
 from sparsefx.rewriting import (
     PassResult,
@@ -60,7 +61,7 @@ def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[t
     return [
         ("canonicalize", partial(passes.canonicalize, excluded=known.nodes)),
         ("find_sites", partial(passes.find_sites, excluded=known.nodes)),
-        ("recognize_masks", passes.recognize_masks),
+        ("recognize_masks", partial(passes.recognize_masks, failed=known.groups)),
         (
             "select_sites",
             partial(

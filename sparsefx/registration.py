@@ -4,7 +4,12 @@ from sparsefx import compat
 
 
 def register_backend() -> None:
-    """Register the backend unless the installed package's entry point already did."""
+    """Register the backend unless the installed package's entry point already did.
+
+    Dynamo skips what torch.ao.pruning puts on a weight, ``mask * w``, and so every model that it
+    prunes; with that one file on its list of those to trace, the masks can be recognised.
+    """
+    compat.trace_into("torch.ao.pruning.sparsifier.utils")
     if "sparsefx" in compat.known_backends():
         return
     from sparsefx.backend import sparsefx

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import sparsefx as sfx
 from sparsefx import NM, Dense, Rule, Sampled, SparseConfig, SparsefxWarning, pipeline
@@ -20,8 +21,10 @@ PASSES = [name for name, _ in pipeline.build(SparseConfig())]
 SITE_BY_SITE = {
     "canonicalize": "rewrite_nodes",
     "find_sites": "_forward_site",
+    "recognize_masks": "_forward_site",
     "select_sites": "decide",
     "rewrite_nm": "rewrite_nodes",
+    "rewrite_masked": "rewrite_nodes",
     "rewrite_sampled": "rewrite_nodes",
     "share_masks": "rewrite_nodes",
     "cleanup": "inline",
@@ -41,10 +44,12 @@ class Everything(nn.Module):
         self.fc2 = nn.Linear(32, 32)
         self.last = nn.Linear(32, 4)
         self.scaled = nn.Parameter(torch.randn(32, 32))
+        self.fc3 = nn.Linear(32, 32)
+        prune.random_unstructured(self.fc3, "weight", 0.5)
 
     def forward(self, x):
         x = torch.tanh(self.conv3(torch.tanh(self.conv2(torch.tanh(self.conv1(x))))))
-        x = torch.tanh(self.fc2(torch.tanh(self.fc1(x.flatten(1)))))
+        x = torch.tanh(self.fc3(torch.tanh(self.fc2(torch.tanh(self.fc1(x.flatten(1)))))))
         x = torch.tanh(torch.addmm(x, x, self.scaled, beta=0.5, alpha=0.25))
         tokens = x.view(-1, 4, 8)
         x = torch.bmm(torch.softmax(torch.bmm(tokens, tokens.transpose(1, 2)), -1), tokens)
@@ -57,6 +62,7 @@ RULES = (
     Rule("conv3", forward=Dense(), grad_weight=Sampled(0.5)),
     Rule("fc1", forward=NM(2, 4, transposable=True, decay=0.1), grad_weight=Sampled(0.5)),
     Rule("fc2", forward=NM(2, 4)),
+    Rule("fc3", grad_weight=Sampled(0.5)),
     Rule("*", forward=Sampled(0.5)),
 )
 CONFIG = SparseConfig(rules=RULES, codegen="aot_eager")
