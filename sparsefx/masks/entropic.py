@@ -15,6 +15,7 @@
 import torch
 from torch import Tensor
 
+from sparsefx.compat import outside_graphs
 from sparsefx.masks.flow import rows_can_be_full
 from sparsefx.masks.levels import integer_levels
 from sparsefx.masks.magnitude import nm_mask
@@ -25,7 +26,7 @@ _SHARPNESS = 30.0  # of a tile's largest |w|: exp(-_SHARPNESS) is the least frac
 _TOURNAMENTS = 1
 
 
-@torch.compiler.disable(reason="the steps of a mask solver depend on values")  # type: ignore[untyped-decorator]
+@outside_graphs
 def solve(tiles: Tensor, n: int) -> Tensor:
     """Mark entries of nearly the largest total |w| within the limits, as many as these allow.
 

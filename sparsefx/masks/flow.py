@@ -14,6 +14,7 @@ which does the same tile by tile, finds the same mask.
 import torch
 from torch import Tensor
 
+from sparsefx.compat import outside_graphs
 from sparsefx.masks.levels import integer_levels
 from sparsefx.masks.magnitude import nm_mask
 
@@ -21,7 +22,7 @@ _CHUNK = 1 << 18  # entries solved at once, to stay in the cache
 _FAR = torch.inf
 
 
-@torch.compiler.disable(reason="the steps of a mask solver depend on values")  # type: ignore[untyped-decorator]
+@outside_graphs
 def solve(tiles: Tensor, n: int) -> Tensor:
     """Mark the entries of largest total |w| within the limits, as many as these allow.
 

@@ -19,12 +19,13 @@ a min(n, b) or b min(n, a) are kept, and no mask within the limits keeps more.
 import torch
 from torch import Tensor
 
+from sparsefx.compat import outside_graphs
 from sparsefx.masks.levels import finite_levels
 
 _CHUNK = 1 << 18  # entries solved at once, to stay in the cache
 
 
-@torch.compiler.disable(reason="the steps of a mask solver depend on values")  # type: ignore[untyped-decorator]
+@outside_graphs
 def solve(tiles: Tensor, n: int) -> Tensor:
     """Mark heavy entries, at most n per row and column and as many as that allows.
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsefx.compat import build_cpp
+from sparsefx.compat import build_cpp, outside_graphs
 from sparsefx.errors import KernelError, SparsefxWarning
 
 _SOURCE = Path(__file__).with_name("exact.cpp")
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.compiler.disable(reason="the steps of a mask solver depend on values")  # type: ignore[untyped-decorator]
+@outside_graphs
 def solve(tiles: Tensor, n: int) -> Tensor | None:
     """Mark the best entries, as flow.solve does; None where there is no compiler.
 
