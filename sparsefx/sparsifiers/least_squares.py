@@ -68,8 +68,8 @@ def _solve(hessian: Tensor, rest: Tensor, mask: Tensor, shift: float) -> Tensor:
     place = mask.sort(dim=1, descending=True, stable=True).indices[:, :width]  # [rows, width]
     inside = mask.gather(1, place)
     system = hessian[place[:, :, None], place[:, None, :]]  # [rows, width, width]
-    system = torch.where(inside[:, :, None] & inside[:, None, :], system, 0.0)
-    # A place outside the mask, there where rows are shorter than others, gets the equation 1 x = 0.
+    if not bool(inside.all()):  # shorter rows: their places outside get the equation 1 x = 0
+        system = torch.where(inside[:, :, None] & inside[:, None, :], system, 0.0)
     system.diagonal(dim1=1, dim2=2).add_(torch.where(inside, shift, 1.0))
     right = torch.where(inside, rest.gather(1, place), 0.0)
     factor, failed = torch.linalg.cholesky_ex(system)

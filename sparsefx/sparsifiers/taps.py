@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsefx.errors import SparsifierError
 from sparsefx.sparsifiers.targets import Target
 
 # Gets a layer's name and its inputs: one tensor, or query, key and value for in_proj_weight.
@@ -19,7 +19,6 @@ Take = Callable[[str, tuple[Tensor, ...]], None]
 
 _QKV = ("query", "key", "value")
 _SEPARATE = {"q_proj_weight": 0, "k_proj_weight": 1, "v_proj_weight": 2}
-_OUT_WEIGHT = 11  # where F.multi_head_attention_forward takes out_proj_weight; its bias is next
 
 
 @contextmanager
@@ -100,11 +99,9 @@ class _OutProjTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.multi_head_attention_forward:
             return func(*args, **kwargs)
-        if len(args) < _OUT_WEIGHT + 2:
-            raise SparsifierError(f"layer {self.name!r}: attention passes out_proj by keyword")
-        weight, bias = args[_OUT_WEIGHT : _OUT_WEIGHT + 2]
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
         unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-        inner = (*args[:_OUT_WEIGHT], unit, None, *args[_OUT_WEIGHT + 2 :])
-        out, weights = func(*inner, **kwargs)
+        out, weights = func(**given | {"out_proj_weight": unit, "out_proj_bias": None})
         self.take(self.name, (out,))
         return F.linear(out, weight, bias), weights

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparsefx.config import NM, Dense, Rule
 from sparsefx.errors import SparsifierError
 from sparsefx.masks import is_valid
 from sparsefx.sparsifiers import AdaPrune, SparseGPT, Wanda
@@ -447,6 +448,72 @@ def test_only_gram_matrices_outlive_a_batch(sequential: bool):
     assert made == 30 * (4 if sequential else 1)
     # the driver's loop variable holds the last batch itself, and nothing holds an activation
     assert max(alive) <= 1
+
+
+# --- precision, rules, compiled models
+
+
+@both_modes
+@every_method
+def test_bfloat16(method, sequential: bool):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).bfloat16()
+    data = [(torch.randn(40, 6) @ torch.randn(6, 16)).bfloat16() for _ in range(2)]
+    rows = method(model, 2, 4, sequential=sequential).calibrate(data).rows
+    assert all(row.after < row.before for row in rows) or method is Wanda
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_surroundings_change_nothing_but_the_models_own_numbers():
+    """Sums and solutions stay float64 under autocast; tensors of inference mode will do."""
+    data = [torch.randn(40, 6) @ torch.randn(6, 16) for _ in range(2)]
+    models = [nn.Sequential(nn.Linear(16, 8))]
+    models += [copy.deepcopy(models[0]) for _ in range(2)]
+    AdaPrune(models[0]).calibrate(data)
+    with torch.autocast("cpu", torch.bfloat16):
+        AdaPrune(models[1]).calibrate(data)
+    with torch.inference_mode():
+        copies = [x.clone() for x in data]
+    AdaPrune(models[2]).calibrate(copies)
+    for model in models[1:]:
+        assert torch.equal(model[0].weight, models[0][0].weight)
+
+
+def test_each_layer_has_the_pattern_of_its_rule():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    rules = [Rule("0", forward=NM(1, 4)), Rule("1", forward=Dense()), "2"]
+    weight = model[1].weight.detach().clone()
+    sparsifier = SparseGPT(model, 2, 4, transposable=True, rules=rules)
+    rows = sparsifier.calibrate([torch.randn(20, 8)]).rows
+    assert [row.layer for row in rows] == ["0", "2"]
+    sparsifier.squash()
+    assert is_valid(model[0].weight, 1, 4, dim=1)
+    assert is_valid(model[2].weight, 2, 4, transposable=True)
+    assert torch.equal(model[1].weight, weight)
+
+
+def test_a_compiled_model_is_not_compiled_again():
+    model, count = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)), 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        nonlocal count
+        count += 1
+        return graph
+
+    sparsifier, x = AdaPrune(model), torch.randn(20, 16)
+    compiled = torch.compile(model, backend=backend)
+    before = compiled(x)
+    sparsifier.calibrate([x])
+    after = compiled(x)
+    assert count == 1
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, model(x))
+
+
+def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch):
+    sparsifier = AdaPrune(conv_net())
+    monkeypatch.setattr("sparsefx.sparsifiers.calibration.is_sharded", lambda w: True)
+    with pytest.raises(SparsifierError, match="layer '0' is sharded: calibrate before fully_shard"):
+        sparsifier.calibrate(images())
 
 
 # --- progress

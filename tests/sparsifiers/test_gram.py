@@ -182,6 +182,33 @@ def test_out_proj_is_seen_inside_attention(batched: bool):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in mha.modules())
 
 
+def test_attention_that_names_its_arguments():
+    class Named(nn.MultiheadAttention):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            return F.multi_head_attention_forward(
+                query=query,
+                key=key,
+                value=value,
+                embed_dim_to_check=8,
+                num_heads=2,
+                in_proj_weight=self.in_proj_weight,
+                in_proj_bias=self.in_proj_bias,
+                bias_k=None,
+                bias_v=None,
+                add_zero_attn=False,
+                dropout_p=0.0,
+                out_proj_weight=self.out_proj.weight,
+                out_proj_bias=self.out_proj.bias,
+            )
+
+    mha, x = Named(8, 2).eval(), torch.randn(5, 2, 8)
+    seen: dict[str, tuple[Tensor, ...]] = {}
+    with torch.no_grad(), tapped(mha, attention_targets(mha).values(), seen.__setitem__):
+        y, _ = mha(x, x, x)
+        torch.testing.assert_close(mha.out_proj(seen["out_proj"][0]), y)
+    torch.testing.assert_close(y, mha(x, x, x)[0].detach())
+
+
 def test_a_failing_attention_leaves_nothing_behind():
     mha = nn.MultiheadAttention(8, 2).eval()
 
