@@ -1,5 +1,6 @@
 """Every example runs as a reader would run it, and says what it promises to say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,18 +11,21 @@ import pytest
 
 def run(root: Path, name: str, *arguments: str) -> str:
     """Run an example in a process of its own; return what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", str(root / "examples" / name), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=540,
-        check=False,
-    )
+    done = start(root, name, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
+
+
+def start(root: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", str(root / "examples" / name), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=540,
+        check=False,
+    )
 
 
 def test_inspect(root: Path):
@@ -71,3 +75,30 @@ def test_quickstart(root: Path):
     assert "MLP, sampled 0.3: fc2 (all three)" in said
     assert "channels per group=1 is not a multiple of m=4" in said  # the report of the CNN
     assert "A quick run: accuracy is not judged." in said
+
+
+GPT = ("--batch", "2", "--context", "32", "--width", "32", "--depth", "1", "--every", "2")
+
+
+@pytest.mark.slow
+def test_train_gpt_goes_on_where_it_stopped(root: Path, tmp_path: Path):
+    tiny = ("train_gpt_on_stdlib.py", *GPT, "--codegen", "aot_eager")
+    run(root, *tiny, "--steps", "2", "--out", str(tmp_path / "stopped"))
+    said = run(root, *tiny, "--steps", "4", "--out", str(tmp_path / "stopped"))
+    run(root, *tiny, "--steps", "4", "--out", str(tmp_path / "straight"))
+    stopped, straight = (
+        json.loads((tmp_path / name / "curves.json").read_text())
+        for name in ("stopped", "straight")
+    )
+    assert stopped == straight  # to the last bit
+    assert list(straight) == ["dense", "2:4", "4:8-transposable", "2:4-sampled"]
+    assert [[step for step, _ in curve] for curve in straight.values()] == [[0, 2, 4]] * 4
+    assert len({curve[-1][1] for curve in straight.values()}) == 4  # four ways of training
+    assert (tmp_path / "stopped" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "a run of 4 steps is not judged" in said
+
+    other = start(root, *tiny, "--steps", "4", "--batch", "4", "--out", str(tmp_path / "stopped"))
+    assert other.returncode == 1
+    assert "give the same options, or another --out" in other.stderr
+    shorter = start(root, *tiny, "--steps", "3", "--out", str(tmp_path / "stopped"))
+    assert "is at step 4 already, without a value at step 3" in shorter.stderr
