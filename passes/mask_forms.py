@@ -118,8 +118,10 @@ class MaskFinder:
         return certain[0] if len(certain) == 1 else None
 
     def _fits(self, weight: Node, bits: Node) -> bool:
+        if weight in self._active and self.find(weight) is None:  # its own mask may be an input
+            return False
         shape = tuple(value(weight).shape)
-        return weight not in self._active and shape == tuple(value(bits).shape) and len(shape) > 1
+        return shape == tuple(value(bits).shape) and len(shape) > 1
 
     def _mask(self, node: Node) -> Mask | None:
         negated = False

@@ -75,10 +75,9 @@ def _forward_site(node: Node, site: Site, finder: MaskFinder) -> Site:
         axis = 1 if conv or side == "left" else 0  # K of the operand
         form = finder.find(operand)
         if form is not None:
-            at_mask = _axis_of_mask(form, operand, axis)
-            return _masked_site(
-                node, replace(site, weight=side), form, _look(finder, form, at_mask)
-            )
+            look = _look(finder, form, _axis_of_mask(form, operand, axis))
+            weight = _unmasked(finder, form)
+            return _masked_site(node, replace(site, weight=side, weight_name=weight), form, look)
     if site.weight in ("left", "right"):
         operand = weight_operand(node, site.weight)
         root, axis_there = axis_of(operand, 0 if site.weight == "right" and not conv else 1)
@@ -89,16 +88,21 @@ def _forward_site(node: Node, site: Site, finder: MaskFinder) -> Site:
 
 
 def _masked_site(node: Node, site: Site, form: MaskForm, look: tuple[float | None, str]) -> Site:
-    weight, (density, pattern) = naming.weight_of(form.weight), look
-    known = form.mask.source.meta.get(INPUT)
+    known, (density, pattern) = form.mask.source.meta.get(INPUT), look
     return replace(
         site,
-        layer=naming.layer_of(node, weight),
-        weight_name=weight,
+        layer=naming.layer_of(node, site.weight_name),
         mask=known.name if known is not None else _buffer_behind(form.mask.source),
         mask_density=density,
         mask_pattern=pattern,
     )
+
+
+def _unmasked(finder: MaskFinder, form: MaskForm) -> str | None:
+    """Name the parameter behind a mask, and behind a mask behind that."""
+    while (inner := finder.find(form.weight)) is not None:
+        form = inner
+    return naming.weight_of(form.weight)
 
 
 def _buffer_behind(source: Node) -> str:
