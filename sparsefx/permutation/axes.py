@@ -150,7 +150,15 @@ def _unify(one: Dim, two: Dim) -> None:
     elif isinstance(one, Sum) and isinstance(two, Sum):
         _zip(list(one.parts), list(two.parts), _split_sum)
     else:
-        raise UnifyError
+        _unify_mixed(*((one, two) if isinstance(one, Prod) else (two, one)))
+
+
+def _unify_mixed(product: Dim, total: Dim) -> None:
+    """k x c and c + c + ...: the parts of the sum are one and the same c."""
+    assert isinstance(product, Prod)
+    outer, inner = _split_product(total, size_of(product.parts[0]))
+    _unify(settle(inner), settle(Prod(product.parts[1:])))
+    _unify(settle(outer), settle(product.parts[0]))
 
 
 def _zip(ones: list[Dim], twos: list[Dim], split: _Split) -> None:

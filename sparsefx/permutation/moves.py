@@ -57,7 +57,8 @@ def _expanded(flow: Flow, node: Node) -> list[Dim]:
 
 def _strided(flow: Flow, node: Node) -> list[Dim]:
     source, value = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
-    plain = source.is_contiguous() and value.is_contiguous() and source.numel() == value.numel()
+    whole = source.storage_offset() == 0 and source.numel() == value.numel()
+    plain = whole and source.is_contiguous() and value.is_contiguous()
     if plain and not argument(node, 3, "storage_offset"):
         return _regrouped(flow, node)
     reason = f"{place(node)} reads memory by address"
@@ -160,7 +161,7 @@ def _indexed(flow: Flow, node: Node) -> list[Dim]:
     rest = [dim for i, dim in enumerate(dims) if i not in indices]
     flow.mix([dims[i] for i in indices], rest)
     shapes = [shape_of(index) for index in indices.values()]
-    shape = torch.broadcast_shapes(*shapes)
+    shape: Any = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
     picked = [new_dim(size) for size in shape]
     unify_broadcast(picked, shape, *zip(map(flow.dims, indices.values()), shapes, strict=True))
     return [*dims[:first], *picked, *dims[first + len(indices) :]]

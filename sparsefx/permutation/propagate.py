@@ -40,7 +40,11 @@ class Model:
 
 
 def understand(
-    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], keep_output_dense: bool
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    keep_output_dense: bool,
+    training: bool = True,
 ) -> Model:
     """Trace ``model`` in eval and in training mode and walk both graphs; modes are put back.
 
@@ -51,14 +55,14 @@ def understand(
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole encoder layer
-        for training in (False, True):
-            model.train(training)
-            known.flow.training = training
+        for mode in (False, True) if training else (False,):
+            model.train(mode)
+            known.flow.training = mode
             _walk_all(known, model, args, kwargs, keep_output_dense)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
+        for module, was in modes.items():
+            module.training = was
     known.layers = _once(known.layers)
     pin_unread_masks(model, known.states)
     known.flow.tensors += [state.dims for state in known.states.values() if state.read]

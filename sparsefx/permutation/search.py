@@ -109,6 +109,11 @@ def _check(matrices: list[Tensor], n: int, m: int, movable: Tensor | None, budge
             f"movable is {movable.dtype} of shape {tuple(movable.shape)}; pass torch.bool "
             f"[{matrices[0].shape[1]}]"
         )
+    check_budget(budget)
+
+
+def check_budget(budget: int) -> None:
+    """Raise MaskError unless ``budget`` is a number of rounds."""
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise MaskError(f"budget={budget!r} is no number of rounds; pass an int above 0")
 
@@ -227,7 +232,7 @@ class _Grouping:
         places, other = torch.cat([ones, twos]), torch.cat([twos, ones])
         self.order[places] = self.order[other]
         self.adds[:, places] = self.adds[:, other]
-        self.refresh((places // self.m).unique())
+        self.refresh(torch.unique(places // self.m))
 
     def shake(self, generator: torch.Generator) -> None:
         """Swap columns of some groups at random."""

@@ -64,6 +64,8 @@ def _held_back(module: nn.Module) -> Iterator[tuple[str, str]]:
     for name, parameter in module.named_parameters(recurse=False):
         if type(parameter) is not nn.Parameter:
             yield name, f"is a {type(parameter).__name__}, not a plain parameter"
+        elif 0 in parameter.stride() and parameter.numel() > 1:
+            yield name, "repeats one value in memory (expand)"
         elif name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in buffers:
             yield name, "is masked by torch.nn.utils.prune"
     if parametrize.is_parametrized(module):

@@ -19,6 +19,7 @@ from sparsefx.permutation.places import Order, permuted
 from sparsefx.permutation.plan import Planned, plan
 from sparsefx.permutation.propagate import Model, understand
 from sparsefx.permutation.report import PermutationReport, PermutedClass, PermutedLayer
+from sparsefx.permutation.search import check_budget
 from sparsefx.permutation.state import State
 
 
@@ -31,6 +32,7 @@ def permute_channels(
     kwargs: Mapping[str, Any] | None = None,
     layers: str | Sequence[str] = "*",
     keep_output_dense: bool = True,
+    training: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
     budget: int = 100,
     seed: int = 0,
@@ -54,6 +56,8 @@ def permute_channels(
         layers: globs of layer names whose masks count; others are permuted along, not improved.
         keep_output_dense: don't count the product that feeds the model's output, which the
             compiler leaves dense.
+        training: look at the graph of training mode, too. ``False`` is for a model that can't run
+            in it on ``args``; what it computes in training mode alone is then not known to stay.
         optimizer: its state for each parameter, if any, is permuted along.
         budget: rounds of swaps for each search, see :func:`sparsefx.permutation.search`.
         seed: of the searches.
@@ -67,12 +71,13 @@ def permute_channels(
             rounding: the message names the channels. The model is then untouched.
     """
     check_pattern(n, m)
+    check_budget(budget)
     inputs = (args,) if isinstance(args, Tensor) else tuple(args)
     named = dict(kwargs or {})
     globs = [layers] if isinstance(layers, str) else list(layers)
     with compat.as_written(model) as written:
         _refuse_without_values(written)
-        known = understand(written, inputs, named, keep_output_dense)
+        known = understand(written, inputs, named, keep_output_dense, training)
         planned = plan(known, n, m, globs, budget, seed)
         touched = _touched(known, planned)
         trial = Trial(written, inputs, named)
@@ -171,6 +176,6 @@ def _why_not(layer: Layer, planned: Planned) -> str:
         return ""
     found = {one.axis: one.reason for one in planned.channels}
     reasons = [found.get(axis) or axis.reason for axis in axes]
-    blocks = {one.block for one in planned.channels}
-    telling = [r for axis, r in zip(axes, reasons, strict=True) if r and axis not in blocks]
+    scattered = {one.axis for one in planned.channels if not one.windows}  # heads, say
+    telling = [r for axis, r in zip(axes, reasons, strict=True) if axis not in scattered]
     return "; ".join(dict.fromkeys(telling or reasons))
