@@ -20,7 +20,7 @@ from sparsefx.sparsifiers.base import Layer, Sparsifier, _unregister, clear_outs
 from sparsefx.sparsifiers.gram import Gram
 from sparsefx.sparsifiers.least_squares import layer_error
 from sparsefx.sparsifiers.mask import is_sharded
-from sparsefx.sparsifiers.streaming import Forward, Stream, Survey, collect, quiet, survey
+from sparsefx.sparsifiers.streaming import Forward, Keep, Stream, Survey, collect, quiet, survey
 from sparsefx.sparsifiers.targets import Rules, Target
 
 
@@ -131,7 +131,9 @@ class Calibrated(Sparsifier):
         """Clear what momentum or weight decay put outside the mask."""
         clear_outside(layer)
 
-    def calibrate(self, batches: Iterable[Any], forward: Forward | None = None) -> Calibration:
+    def calibrate(
+        self, batches: Iterable[Any], forward: Forward | None = None, keep: Keep | None = None
+    ) -> Calibration:
         """Run the batches and write masks and weights, layer by layer.
 
         The model runs in eval mode without gradients; running statistics stay as they are. Inputs
@@ -142,10 +144,12 @@ class Calibrated(Sparsifier):
         Args:
             batches: tensors, tuples or lists (positional arguments), or mappings (keyword
                 arguments). Sequential mode runs them once, and once more for each layer (for each
-                set of layers with one input), so it takes no generator. Tokens count alike,
-                padding included: leave it out of the batches.
+                set of layers with one input), so it takes no generator.
             forward: called with model and batch, for batches that the model doesn't take as they
                 are.
+            keep: called with a batch, returns bool [*, T], which tokens count: for example
+                ``lambda batch: batch["attention_mask"].bool()``, which leaves padding out. It acts
+                on linear layers whose input is [*, T, K]; all other inputs count whole.
 
         Returns:
             The relative error of each layer before and after.
@@ -156,7 +160,7 @@ class Calibrated(Sparsifier):
                 and any error of the model's own leaves weights and masks as they were.
         """
         self._check_fresh()
-        stream = Stream(self.model, batches, forward)
+        stream = Stream(self.model, batches, forward, keep)
         if self.sequential:
             stream.check_repeats()
         with quiet(self.model), _Work(self) as work, Progress(disable=not self.progress) as bar:

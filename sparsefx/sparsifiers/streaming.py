@@ -21,6 +21,7 @@ from sparsefx.sparsifiers.taps import tapped
 from sparsefx.sparsifiers.targets import Target
 
 Forward = Callable[[nn.Module, Any], object]
+Keep = Callable[[Any], Tensor]
 
 _LINEAR = {"linear", "conv1d"}  # kinds whose rows are their input as it is
 
@@ -37,11 +38,13 @@ class Stream:
         model: in eval mode, see :func:`quiet`.
         batches: tensors, tuples or lists (positional arguments) or mappings (keyword arguments).
         forward: called with model and batch instead, where batches are something else.
+        keep: called with a batch, tells which tokens count: bool [*, T].
     """
 
     model: nn.Module
     batches: Iterable[Any]
     forward: Forward | None = None
+    keep: Keep | None = None
     count: int = field(default=0, init=False)  # how many there were when they first ran through
 
     def feed(self, batch: Any) -> None:
@@ -80,6 +83,16 @@ class Stream:
                 "which give the same batches each time"
             )
         self.count = number
+
+    def kept(self, batch: Any) -> Tensor | None:
+        """Return which tokens of a batch count; None for all."""
+        if self.keep is None:
+            return None
+        kept = self.keep(batch)
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+            got = str(kept.dtype) if isinstance(kept, Tensor) else type(kept).__name__
+            raise SparsifierError(f"keep returned {got}; return a bool tensor, True where to count")
+        return kept
 
     def check_repeats(self) -> None:
         """Raise SparsifierError for an iterator: it ends for good after one round."""
@@ -155,17 +168,19 @@ class Survey:
 
 def survey(stream: Stream, targets: Iterable[Target], grams: dict[str, Gram] | None) -> Survey:
     """Run all batches once; note the layers' order and, where asked, collect all their Grams."""
-    found, by_name, number = Survey(), {target.name: target for target in targets}, 0
+    found, by_name = Survey(), {target.name: target for target in targets}
+    number, kept = 0, None
 
     def take(name: str, inputs: tuple[Tensor, ...]) -> None:
         found.note(by_name[name], inputs)
         if grams is not None:
             if name not in grams:
                 grams[name] = empty_gram(by_name[name])
-            add_inputs(grams[name], by_name[name], inputs, None, number)
+            add_inputs(grams[name], by_name[name], inputs, None, kept, number)
 
     with tapped(stream.model, by_name.values(), take):
         for number, batch in stream.run():  # noqa: B007  # take reads it
+            kept = stream.kept(batch)
             stream.feed(batch)
             found.end_batch()
     return found
@@ -191,7 +206,9 @@ def collect(
             switch(True)
             _watch(stream, leader, once, batch, dense.append)
             switch(False)
-        _watch(stream, leader, once, batch, _adder(gram, leader, dense, switch, number))
+        wanted = dense if switch is not None else None
+        add = _adder(gram, leader, wanted, stream.kept(batch), number)
+        _watch(stream, leader, once, batch, add)
         if dense:
             raise SparsifierError(
                 f"layer {leader.name!r} ran {len(dense)} times less in the pruned net than in the "
@@ -203,17 +220,17 @@ def collect(
 def _adder(
     gram: Gram,
     target: Target,
-    dense: list[tuple[Tensor, ...]],
-    switch: Callable[[bool], None] | None,
+    dense: list[tuple[Tensor, ...]] | None,
+    kept: Tensor | None,
     number: int,
 ) -> Callable[[tuple[Tensor, ...]], None]:
     def add(inputs: tuple[Tensor, ...]) -> None:
-        if switch is not None and not dense:
+        if dense == []:
             raise SparsifierError(
                 f"layer {target.name!r} ran more often in the pruned net than in the dense one; "
                 "pass sequential=False"
             )
-        add_inputs(gram, target, inputs, dense.pop(0) if switch is not None else None, number)
+        add_inputs(gram, target, inputs, dense.pop(0) if dense else None, kept, number)
 
     return add
 
@@ -226,9 +243,10 @@ def _watch(
     take: Callable[[tuple[Tensor, ...]], None],
 ) -> None:
     def taken(name: str, inputs: tuple[Tensor, ...]) -> None:
-        take(inputs)
         if once:
+            take(inputs)
             raise _SeenEnough
+        take(tuple(x.clone() for x in inputs))  # the model may go on to change them in place
 
     with tapped(stream.model, [target], taken):
         stream.feed(batch)
@@ -239,10 +257,14 @@ def add_inputs(
     target: Target,
     inputs: tuple[Tensor, ...],
     dense: tuple[Tensor, ...] | None,
+    kept: Tensor | None,
     number: int,
 ) -> None:
-    """Add one call's inputs; errors name layer and batch."""
+    """Add one call's inputs, those that count; errors name layer and batch."""
     try:
+        if kept is not None and target.kind in _LINEAR:
+            inputs = tuple(_choose(x, kept) for x in inputs)
+            dense = dense and tuple(_choose(x, kept) for x in dense)
         if dense is None:
             for groups, rows in input_rows(target, inputs):
                 gram.add(rows, groups)
@@ -258,3 +280,8 @@ def add_inputs(
             gram.add(rows, groups, wanted)
     except SparsifierError as error:
         raise SparsifierError(f"layer {target.name!r}, batch {number}: {error}") from error
+
+
+def _choose(x: Tensor, kept: Tensor) -> Tensor:
+    """Rows [*, K] of the tokens that count, where x has one row for each token of the batch."""
+    return x[kept.to(x.device)] if x.shape[:-1] == kept.shape else x

@@ -231,6 +231,42 @@ def test_batches_that_will_not_do(batches: Any, message: str):
     assert_untouched(model, before)
 
 
+class Pooled(nn.Module):
+    """A layer over tokens, and one over their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.pooled = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.token(x).tanh() * mask[..., None]
+        return self.pooled(hidden.sum(1) / mask.sum(1, keepdim=True))
+
+
+@both_modes
+def test_padding_can_be_left_out(sequential: bool):
+    x, mask = torch.randn(6, 5, 8), torch.arange(5) < torch.tensor([5, 3, 1, 4, 2, 5])[:, None]
+    model, same = Pooled(), Pooled()
+    same.load_state_dict(model.state_dict())
+    data = [{"x": x[i : i + 2], "mask": mask[i : i + 2]} for i in (0, 2, 4)]
+    sparsifier = AdaPrune(model, sequential=sequential)
+    rows = sparsifier.calibrate(data, keep=lambda batch: batch["mask"]).rows
+    assert [(row.layer, row.inputs) for row in rows] == [("token", 20), ("pooled", 6)]
+    for batch in data:
+        batch["x"][~batch["mask"]] = 1e6  # changes nothing
+    AdaPrune(same, sequential=sequential).calibrate(data, keep=lambda batch: batch["mask"])
+    assert_untouched(same, state(model))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [(torch.ones(2, 5), "keep returned torch.float32; return a bool"), (None, "returned NoneType")],
+)
+def test_keep_returns_a_bool_tensor(returned: Any, message: str):
+    with pytest.raises(SparsifierError, match=message):
+        AdaPrune(nn.Linear(8, 4)).calibrate([torch.randn(2, 5, 8)], keep=lambda batch: returned)
+
+
 # --- errors half-way
 
 
@@ -395,6 +431,48 @@ class Routed(nn.Module):
         if self.whole:
             return self.second(x + 0) if bool(chosen.all()) else x
         return self.second(x[chosen])
+
+
+def test_a_dense_input_that_changes_in_place_later():
+    """The model adds to a layer's input behind it, and calls the layer again."""
+
+    class Changing(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            self.first, self.fc, self.inplace = nn.Linear(8, 8), nn.Linear(8, 8), inplace
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for _ in range(2):
+                y = self.fc(x)
+                x = x.add_(y) if self.inplace else x + y
+            return x
+
+    model, same = Changing(True), Changing(False)
+    same.load_state_dict(model.state_dict())
+    data = [torch.randn(20, 8)]
+    AdaPrune(model).calibrate(data)
+    AdaPrune(same).calibrate(data)
+    assert_untouched(same, state(model))
+
+
+def test_more_calls_in_the_pruned_net_are_an_error():
+    class Bounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(self.first(x))
+            return self.second(y) if bool(self.first(x)[0, 0] < 0) else y
+
+    model = Bounded()
+    model.first.weight.data = torch.eye(4)
+    model.first.weight.data[0] = torch.tensor([1.0, 1.0, 0.5, 0.5])
+    sparsifier = AdaPrune(model, damping=1e9)
+    x = torch.tensor([[-1.0, -1.0, 3.0, 3.0]])  # dense: 1; without the halves: -2
+    with pytest.raises(SparsifierError, match="layer 'second' ran more often in the pruned net"):
+        sparsifier.calibrate([x, torch.ones(1, 4), -torch.ones(1, 4)])
 
 
 @pytest.mark.parametrize(
