@@ -116,7 +116,10 @@ def _acting(node: Node, w: Node, mask: Node, kept: Kept) -> Node:
     if known is None or (_is_backward(known) and not _is_backward(node)):
         like = value(stored)
         zero = emit(node, aten.full.default, [], 0.0, dtype=like.dtype, device=like.device)
-        known = kept[stored, bits] = emit(node, aten.where.self, bits, stored, zero)
+        args = (bits, stored, zero)
+        if bits.target is aten.logical_not.default:
+            args = (arguments(bits)[0], zero, stored)
+        known = kept[stored, bits] = emit(node, aten.where.self, *args)
     return flip(node, known) if flipped else known
 
 
