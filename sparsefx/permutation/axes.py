@@ -154,7 +154,7 @@ def _unify(one: Dim, two: Dim) -> None:
 
 
 def _unify_mixed(product: Dim, total: Dim) -> None:
-    """k x c and c + c + ...: the parts of the sum are one and the same c."""
+    """K x c and c + c + ...: the parts of the sum are one and the same c."""
     assert isinstance(product, Prod)
     outer, inner = _split_product(total, size_of(product.parts[0]))
     _unify(settle(inner), settle(Prod(product.parts[1:])))

@@ -44,7 +44,8 @@ def search(
     """Find an order of columns whose N:M mask keeps more magnitude; never less than as given.
 
     Args:
-        weights: floating matrices [rows, K] that share their columns; their sums are added up.
+        weights: matrices [rows, K] of a dtype that ``nm_mask`` takes; they share their columns, and
+            what each keeps is added up.
         n: how many are kept of each group.
         m: the size of a group; it has to divide K.
         movable: bool [K], which columns may leave their place; all by default.
@@ -229,6 +230,8 @@ class _Grouping:
     def swap(self, ones: Tensor, twos: Tensor) -> None:
         """Exchange the columns in these places."""
         assert self.adds is not None
+        if not len(ones):
+            return
         places, other = torch.cat([ones, twos]), torch.cat([twos, ones])
         self.order[places] = self.order[other]
         self.adds[:, places] = self.adds[:, other]
