@@ -116,7 +116,6 @@ def test_bad_arguments():
         (lambda: search([w, torch.randn(4, 12)], 2, 4), r"shape \(4, 12\)"),
         (lambda: search(torch.randn(2, 4, 8), 2, 4), r"shape \(2, 4, 8\)"),
         (lambda: search(w, 4, 4), "prunes nothing"),
-        (lambda: search(w.to(torch.complex64), 2, 4), "complex64"),
         (lambda: search(w, 2, 4, budget=True), "budget=True is no number of rounds"),
         (lambda: search(w, 2, 4, movable=torch.ones(8)), r"movable is torch.float32"),
         (lambda: search(w * torch.nan, 2, 4), "holds NaN"),
