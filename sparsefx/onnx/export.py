@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from sparsefx.config import SparseConfig, as_config
 from sparsefx.errors import ConfigError, ExportError
@@ -47,10 +48,11 @@ def export_onnx(
     """Write ``model`` as ONNX, with zeros where the config's N:M masks drop weights.
 
     Which weights get zeros follows from the config by the compiler's own decisions on the
-    inference graph; magnitudes are those of the weights as they are now. The model is exported in
-    eval mode and not changed, its mode included. The file holds plain operators only; what is N:M
-    in it stands in its metadata under ``"sparsefx.weights"`` (JSON: one object per tensor).
-    Above 1.5 GB the weights go to a second file beside it, ``<name>.data``.
+    inference graph; magnitudes are those of the weights as they are now. A weight that the model
+    masks itself is stored as its mask leaves it, and its mask is not in the file. The model is
+    exported in eval mode and not changed, its mode included. The file holds plain operators only;
+    what the config makes N:M in it stands in its metadata under ``"sparsefx.weights"`` (JSON: one
+    object per tensor). Above 1.5 GB the weights go to a second file beside it, ``<name>.data``.
 
     Args:
         model: a module, compiled or not.
@@ -76,9 +78,13 @@ def export_onnx(
     masked = _eval_copy(model)
     zeros = find_zeros(masked, inputs, settings)
     _mask(masked, zeros.weights)
+    _apply_pruning(masked)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         program = _export(masked, inputs, dynamic_shapes)
+        if zeros.stored_masks:
+            tensors = [*masked.parameters(), *masked.buffers()]
+            _apply_masks(program, max(x.numel() * x.element_size() for x in tensors))
         found = _describe(program, zeros.weights)
         file = aside / target.name
         program.save(str(file), external_data=_weight_bytes(masked) > INLINE_LIMIT)
@@ -140,14 +146,46 @@ def _import_extra(verify: bool) -> None:
 def _eval_copy(model: nn.Module) -> nn.Module:
     """Copy everything but the parameters, which nothing here writes to."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    shared = {id(parameter): parameter for parameter in model.parameters()}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for module, name in _pruned(model):  # what pruning left from the last forward has a history
+        shared[id(getattr(module, name))] = getattr(module, name).detach()
     try:
         return copy.deepcopy(model, shared).eval()
     except (RuntimeError, TypeError) as error:  # a tensor with a history, a lock, a file
         raise ExportError(
-            f"the model can't be copied: {error} (torch.nn.utils.prune.remove and "
-            "remove_weight_norm bake what they have put in a parameter's place)"
+            f"the model can't be copied: {error} (remove_weight_norm bakes what it has put in a "
+            "parameter's place)"
         ) from error
+
+
+def _pruned(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """What torch.nn.utils.prune masks before each forward: (module, name of the weight)."""
+    return [
+        (module, hook._tensor_name)
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, prune.BasePruningMethod)
+    ]
+
+
+def _apply_pruning(copied: nn.Module) -> None:
+    """Leave pruned parameters as plain ones with zeros; the user's own are not written to."""
+    for module, name in _pruned(copied):
+        original = getattr(module, f"{name}_orig")
+        setattr(module, f"{name}_orig", nn.Parameter(original.detach().clone()))
+        prune.remove(module, name)  # type: ignore[no-untyped-call]
+
+
+def _apply_masks(program: Any, limit: int) -> None:
+    """Compute in the file what follows from stored tensors alone: masked weights are stored.
+
+    Args:
+        program: as the exporter returned it; it stops at a few thousand bytes itself.
+        limit: bytes of the largest weight.
+    """
+    from onnxscript import optimizer
+
+    optimizer.optimize(program.model, input_size_limit=limit, output_size_limit=limit)
 
 
 def _mask(model: nn.Module, weights: Sequence[Weight]) -> None:

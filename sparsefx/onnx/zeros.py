@@ -120,10 +120,12 @@ class Zeros:
     Attributes:
         weights: the parameters that get zeros.
         depth: sum of the reduction lengths of all products: how often a result was rounded.
+        stored_masks: whether the model applies masks of its own, which leave zeros as well.
     """
 
     weights: list[Weight] = field(default_factory=list)
     depth: int = 0
+    stored_masks: bool = False
 
 
 def find_zeros(model: nn.Module, args: Sequence[object], config: SparseConfig) -> Zeros:
@@ -156,6 +158,7 @@ def find_zeros(model: nn.Module, args: Sequence[object], config: SparseConfig) -
             trace_again(record, lambda graph, found=found: found.append(_decide(graph, config)))  # type: ignore[misc]
             for decided in found:
                 zeros.depth += decided.depth
+                zeros.stored_masks |= any(plan.site.mask for plan in decided.plans.values())
                 for weight, reading in _readings(decided, given):
                     readings.setdefault(id(weight), []).append(reading)
     for weight in given.values():
