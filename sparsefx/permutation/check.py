@@ -64,7 +64,7 @@ class Trial:
         self.args, self.kwargs, self.dtype = tuple(args), kwargs, "float64"
         self.model = copy.deepcopy(model).eval().double()
         if not self._runs():  # it insists on its own precision
-            self.dtype = "its own"
+            self.dtype = "its own precision"
             self.model = copy.deepcopy(model).eval()
         plain, self.eps = self._run()
         saved = {name: tensor.clone() for name, tensor in self._named()}

@@ -68,8 +68,10 @@ def _not_counted(layer: Layer, n: int, m: int, globs: Sequence[str]) -> str:
         return f"its weight is {weight.dtype}"
     if size % m:
         return f"its sums run over {size} channels, which is not a multiple of m={m}"
-    if bool(weight.detach().isnan().any()):
-        return "its weight holds NaN"
+    if not bool(weight.detach().isfinite().all()):
+        return "its weight holds NaN or infinity"
+    if not bool(weight.detach().any()):
+        return "its weight is all zeros"
     if masks.is_valid(weight.detach(), n, m, layer.dim):
         reason = f"the weight of {layer.name} holds {n}:{m} zeros already"
         pin(layer.summed, reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,7 @@ def understand(
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, was in modes.items():
             module.training = was
-    known.layers = _once(known.layers)
+    known.layers = [*_once(known.layers), *_unread(known.states.values())]
     pin_unread_masks(model, known.states)
     known.flow.tensors += [state.dims for state in known.states.values() if state.read]
     return known
@@ -78,6 +78,16 @@ def _once(layers: Sequence[Layer]) -> list[Layer]:
         if known.reason and not layer.reason:
             found[key] = layer
     return list(found.values())
+
+
+def _unread(states: Iterable[State]) -> list[Layer]:
+    """Weights that no graph reads: unused, or used behind a graph break where Dynamo gave up."""
+    reason = "no graph of the model reads its weight: it is unused, or Dynamo didn't trace it"
+    return [
+        Layer(state.name.rpartition(".")[0], state, 0, reason)
+        for state in states
+        if isinstance(state.tensor, nn.Parameter) and state.tensor.dim() > 1 and not state.read
+    ]
 
 
 def _walk_all(

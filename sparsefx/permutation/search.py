@@ -29,6 +29,7 @@ from sparsefx.errors import MaskError
 from sparsefx.masks.checks import check_pattern, check_values, check_weight
 
 _KNOTS = 8  # of the fast M, for each row
+_ROUNDING = 1e-6  # a gain smaller than this share of all that is kept is none
 _SHAKEN = 4  # pairs of groups that an escape disturbs, at most
 
 
@@ -62,16 +63,23 @@ def search(
     """
     matrices = [weights] if isinstance(weights, Tensor) else list(weights)
     _check(matrices, n, m, movable, budget)
-    x = torch.cat([w.detach().abs().to(torch.float32) for w in matrices]).T.contiguous()  # [K, R]
-    if bool(x.isnan().any()):
-        raise MaskError("a weight holds NaN, of which no magnitude can be kept; repair it first")
+    x = _magnitudes(matrices)
     free = torch.ones(len(x), dtype=torch.bool) if movable is None else movable.cpu()
     given = torch.arange(len(x))
     if x.shape[1] == 0 or len(x) <= m or int(free.sum()) < 2:
         return given
     kept = float(_kept(x.view(-1, m, x.shape[1]), n).sum())
     best = _search(x, n, m, free, budget, seed)
-    return best.order if best.total > kept else given
+    return best.order if best.total > kept * (1 + _ROUNDING) else given
+
+
+def _magnitudes(matrices: Sequence[Tensor]) -> Tensor:
+    """[R, K] each -> |w| of all, [K, R] in float32, scaled so that sums stay in its range."""
+    x = torch.cat([w.detach().abs().to(torch.float64) for w in matrices])
+    if not bool(x.isfinite().all()):
+        raise MaskError("a weight holds NaN or infinity; repair it first: no order could help")
+    largest = float(x.max()) if x.numel() else 0.0
+    return (x / (largest or 1.0)).to(torch.float32).T.contiguous()
 
 
 def _search(x: Tensor, n: int, m: int, free: Tensor, budget: int, seed: int) -> _Grouping:

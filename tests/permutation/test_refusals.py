@@ -146,6 +146,35 @@ def test_what_only_training_reads_must_agree(permute: Permute):
     assert report.why("net.2") == ""
 
 
+class Untraced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def test_what_dynamo_does_not_trace(permute: Permute):
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.middle, self.two = mlp(), Untraced(), mlp()
+            self.between = nn.Linear(4, 16)
+            self.after = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.middle(self.between(self.one(x)))
+            return self.two(self.after(x))
+
+    report = permute(Broken(), torch.randn(3, 8))
+    refused(report, "middle.fc", "no graph of the model reads its weight")
+    refused(report, "after", "it comes from an input of the model")
+    assert report.why("one.2") == ""
+    assert report.why("two.2") == ""
+
+
 # --- the guard
 
 
@@ -200,7 +229,10 @@ def test_nan_and_sizes(permute: Permute):
     model = mlp()
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
-    refused(sfx.permute_channels(model, torch.randn(3, 8)), "2", "its weight holds NaN")
+    refused(sfx.permute_channels(model, torch.randn(3, 8)), "2", "its weight holds NaN or infinity")
+    with torch.no_grad():
+        model[2].weight.zero_()
+    refused(sfx.permute_channels(model, torch.randn(3, 8)), "2", "its weight is all zeros")
 
 
 def test_gradients_and_optimizer_state_follow():
