@@ -272,8 +272,14 @@ def sparse_ops(got):
     return [n.target for n in got.gm.graph.nodes if ops.is_sparse_op(n.target)]
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("form", MASKED)
+CASES = [(form, product) for form in MASKED for product in ("linear", "groups")]
+CASES += [
+    ("product" if i % 2 else "where", product)
+    for i, product in enumerate(p for p in PRODUCTS if p not in ("linear", "groups"))
+]
+
+
+@pytest.mark.parametrize(("form", "product"), CASES)
 def test_values(joint, form, product):
     shape, function, inner = PRODUCTS[product]
     model = Layer(MASKED[form], shape, function).double()
