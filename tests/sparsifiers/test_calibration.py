@@ -628,7 +628,7 @@ def test_transformer_encoder_with_attention():
         errors[method] = float((net(data[0]) - dense).norm().detach()) / plain
         sparsifier.squash()
         assert_sparse(net)
-    assert errors[AdaPrune] < errors[SparseGPT] < 1
+    assert max(errors[AdaPrune], errors[SparseGPT]) < min(1, errors[Wanda])
 
 
 @pytest.fixture
@@ -680,4 +680,4 @@ def test_hugging_face(family: str, quiet_transformers: Any):
             assert "tied weights" in sparsifier.skipped["lm_head"]
             net.lm_head = nn.Identity()
         assert_sparse(net)
-    assert errors[AdaPrune] < errors[SparseGPT] < errors[Wanda] < 1.2
+    assert max(errors[AdaPrune], errors[SparseGPT]) < min(1, errors[Wanda])
