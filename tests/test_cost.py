@@ -3,7 +3,7 @@
 import pytest
 
 from sparsefx import cost
-from sparsefx.config import NM, Dense, Sampled
+from sparsefx.config import NM, Dense, Masked, Sampled
 from sparsefx.plan import Decision, Site
 
 
@@ -36,6 +36,8 @@ def test_dense_flops(product, flops):
         (site(), Sampled(0.3), 2 * 64 * 32 * 4),  # int(0.3 * 16) = 4
         (site(), Sampled(0.3, min_k=99), 2 * 64 * 32 * 16),
         (site((64, 32, 0)), Sampled(0.3), 0),
+        (site(mask_density=0.25), Masked(), 2 * 64 * 32 * 4),
+        (site(mask_density=None), Masked(), 2 * 64 * 32 * 16),
         (IMAGE, Sampled(0.5), 2 * 98 * 12 * 36),
         (IMAGE, Sampled(0.3), 2 * 98 * 12 * 18),  # 2 of 8 channels
     ],
@@ -58,10 +60,18 @@ def test_packed_weight_bytes(dtype, pattern, size):
     assert cost.packed_weight_bytes(site(dtype=dtype), pattern) == size
 
 
+def test_packed_bytes_of_a_stored_mask_count_a_bit_a_weight():
+    known, unknown = site(mask_density=0.25), site()
+    assert cost.packed_weight_bytes(known, Masked()) == 32 * 16 * 4 // 4 + 32 * 16 // 8
+    assert cost.packed_weight_bytes(unknown, Masked()) == 32 * 16 * 4
+
+
 def test_n_of_m_is_never_profitable_yet():
     for device in ("cpu", "cuda"):
         reason = cost.unprofitable(site(device=device), Decision(NM(2, 4)))
         assert reason == f"not profitable: N:M runs as a masked dense product on {device}"
+        reason = cost.unprofitable(site(device=device), Decision(Masked()))
+        assert reason == f"not profitable: a stored mask runs as a masked dense product on {device}"
 
 
 def test_sampling_is_profitable_where_the_product_is_large():
