@@ -19,6 +19,7 @@ from sparsefx.compat import outside_graphs
 from sparsefx.masks.flow import rows_can_be_full
 from sparsefx.masks.levels import integer_levels
 from sparsefx.masks.magnitude import nm_mask
+from sparsefx.masks.tiles import chunks
 
 _CHUNK = 1 << 20  # entries solved at once
 _ROUNDS = 60
@@ -37,8 +38,7 @@ def solve(tiles: Tensor, n: int) -> Tensor:
     Returns:
         bool [tiles, a, b].
     """
-    _, a, b = tiles.shape
-    return torch.cat([_solve_chunk(c, n) for c in torch.split(tiles, max(1, _CHUNK // (a * b)))])
+    return torch.cat([_solve_chunk(chunk, n) for chunk in chunks(tiles, _CHUNK)])
 
 
 def _solve_chunk(tiles: Tensor, n: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsefx.compat import outside_graphs
 from sparsefx.masks.levels import integer_levels
 from sparsefx.masks.magnitude import nm_mask
+from sparsefx.masks.tiles import chunks
 
 _CHUNK = 1 << 18  # entries solved at once, to stay in the cache
 _FAR = torch.inf
@@ -35,8 +36,7 @@ def solve(tiles: Tensor, n: int) -> Tensor:
     Returns:
         bool [tiles, a, b].
     """
-    _, a, b = tiles.shape
-    return torch.cat([_solve_chunk(c, n) for c in torch.split(tiles, max(1, _CHUNK // (a * b)))])
+    return torch.cat([_solve_chunk(chunk, n) for chunk in chunks(tiles, _CHUNK)])
 
 
 def _solve_chunk(tiles: Tensor, n: int) -> Tensor:

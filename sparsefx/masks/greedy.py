@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparsefx.compat import outside_graphs
 from sparsefx.masks.levels import finite_levels
+from sparsefx.masks.tiles import chunks
 
 _CHUNK = 1 << 18  # entries solved at once, to stay in the cache
 
@@ -38,8 +39,7 @@ def solve(tiles: Tensor, n: int) -> Tensor:
     Returns:
         bool [tiles, a, b].
     """
-    _, a, b = tiles.shape
-    return torch.cat([_solve_chunk(c, n) for c in torch.split(tiles, max(1, _CHUNK // (a * b)))])
+    return torch.cat([_solve_chunk(chunk, n) for chunk in chunks(tiles, _CHUNK)])
 
 
 def _solve_chunk(tiles: Tensor, n: int) -> Tensor:

@@ -47,6 +47,12 @@ def to_tiles(w: Tensor, a: int, b: int) -> Tensor:
     return torch.unflatten(torch.unflatten(w, -1, (-1, b)), -3, (-1, a)).transpose(-3, -2)
 
 
+def chunks(tiles: Tensor, entries: int) -> tuple[Tensor, ...]:
+    """Split [tiles, a, b]: a chunk stays in a CPU's cache; other devices take 64 times as much."""
+    room = entries if tiles.device.type == "cpu" else 64 * entries
+    return torch.split(tiles, max(1, room // (tiles.shape[1] * tiles.shape[2])))
+
+
 def sum_tiles(w: Tensor, height: int, width: int) -> Tensor:
     """Sum [rows, cols, *taps] over blocks, those at the edges cut off: [I, J, *taps]."""
     taps = taps_first(w)
