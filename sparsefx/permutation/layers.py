@@ -27,6 +27,7 @@ _SAME = {
     aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default,
     torch.ops.prims.convert_element_type.default,
 }  # fmt: skip
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
 _THROUGH = _SAME | {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
     aten.transpose.int, aten.t.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
@@ -96,6 +97,7 @@ def _layer(
         return Layer(name, None, 0, reason)
     state, axis = sources[origin[0]], origin[1]
     name = naming.layer_of(node, state.name)
+    name = state.name if name == node.name else name  # a parameter of the model itself
     if is_last:
         reason = "it feeds the model's output (keep_output_dense=True)"
     elif node.target is aten.convolution.default and node.args[6]:
@@ -109,7 +111,7 @@ def _origin(node: Node, dim: int) -> tuple[Node, int] | None:
     """Follow a weight back to where it is stored, through what keeps ``dim`` a dimension."""
     while node.op == "call_function":
         source: Any = node.args[0]
-        if node.target in _SAME:
+        if node.target in _SAME or (node.target in _VIEWS and shape_of(source) == shape_of(node)):
             pass
         elif node.target is aten.permute.default:
             order: Any = node.args[1]

@@ -176,6 +176,4 @@ def _why_not(layer: Layer, planned: Planned) -> str:
         return ""
     found = {one.axis: one.reason for one in planned.channels}
     reasons = [found.get(axis) or axis.reason for axis in axes]
-    scattered = {one.axis for one in planned.channels if not one.windows}  # heads, say
-    telling = [r for axis, r in zip(axes, reasons, strict=True) if axis not in scattered]
-    return "; ".join(dict.fromkeys(telling or reasons))
+    return "; ".join(dict.fromkeys(reasons))

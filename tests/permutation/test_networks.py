@@ -116,6 +116,84 @@ def test_attention_across(permute: Permute):
     assert sizes[("attn", "attn")] == (16, 1)  # keys and values
 
 
+class FusedAttention(nn.Module):
+    """One product for queries, keys and values, viewed as [3, heads, channels]."""
+
+    def __init__(self, norm: bool = False, talk: bool = False) -> None:
+        super().__init__()
+        self.into, self.qkv, self.proj = nn.Linear(8, 32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.norm = nn.LayerNorm(8) if norm else nn.Identity()
+        self.talk = nn.Parameter(torch.randn(4, 4)) if talk else None
+        self.out = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.talk is not None:  # heads read each other's values
+            v = v + torch.einsum("gh,bhnd->bgnd", self.talk, v)
+        scores = self.norm(q) @ self.norm(k).mT
+        return self.out(x + self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"), [({}, 4), ({"norm": True}, 1), ({"talk": True}, 1)], ids=str
+)
+def test_heads_move_apart_only_where_nothing_ties_them(
+    options: dict[str, bool], blocks: int, permute: Permute
+):
+    report = permute(FusedAttention(**options), torch.randn(2, 5, 8))
+    sizes = {one.layers: (one.size, one.blocks) for one in report.classes}
+    assert sizes[("proj",)] == (8, blocks)
+    assert ("qkv.weight", 0) in {pair for one in report.classes for pair in one.tensors}
+
+
+class GroupedQueries(nn.Module):
+    """Two heads of keys and values for four of queries."""
+
+    def __init__(self, flag: bool) -> None:
+        super().__init__()
+        self.into, self.out, self.flag = nn.Linear(8, 32), nn.Linear(32, 4), flag
+        self.q, self.kv, self.proj = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        q = self.q(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.kv(x).chunk(2, -1))
+        if not self.flag:  # in the other order than enable_gqa repeats them
+            k, v = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=self.flag)
+        return self.out(torch.relu(self.proj(y.transpose(1, 2).flatten(2))))
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_grouped_queries(flag: bool, permute: Permute):
+    report = permute(GroupedQueries(flag), torch.randn(2, 5, 8))
+    assert {one.layers: (one.size, one.blocks) for one in report.classes} == {
+        ("q", "kv"): (32, 1),
+        ("proj",): (8, 2),
+    }
+
+
+class Experts(nn.Module):
+    """Stacked weights, as [experts, in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.up, self.down = (nn.Parameter(torch.randn(3, *s)) for s in ((16, 32), (32, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        return self.out(x + (torch.relu(x.expand(3, *x.shape) @ self.up) @ self.down).sum(0))
+
+
+def test_stacked_experts(permute: Permute):
+    """Hidden channels move apart in each expert; the stream is one for all."""
+    report = permute(Experts(), torch.randn(5, 8))
+    sizes = {one.layers: (one.size, one.blocks) for one in report.classes}
+    assert sizes == {("up",): (16, 1), ("down",): (32, 3)}
+
+
 def zoo() -> dict[str, Callable[[Any], Any]]:
     """Hugging Face models, by name: what makes them of the package."""
     small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

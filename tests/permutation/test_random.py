@@ -69,7 +69,7 @@ class Net(nn.Module):
         return self.out(torch.relu(self.last(x)).flatten(1))
 
 
-SOME = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SOME = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def chains(made: dict[str, Any]) -> st.SearchStrategy[list[tuple[str, bool]]]:
