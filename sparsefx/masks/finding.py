@@ -57,7 +57,7 @@ def find_pattern(w_or_mask: Tensor, dim: int = 1) -> FoundPattern | None:
     for m in SIZES:
         if counts.shape[-1] % 2:
             break  # no larger power of two divides the size
-        counts = torch.unflatten(counts, -1, (-1, 2)).sum(-1, dtype=torch.int8)
+        counts = counts[..., ::2] + counts[..., 1::2]
         n = max(1, int(counts.max()))
         if n < m and (best is None or n * best[1] < best[0] * m):
             best = (n, m)
