@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -193,7 +194,7 @@ def build_cpp(source: str) -> ctypes.CDLL:
         from torch._inductor.codecache import CppCodeCache
 
         library = CppCodeCache.load(source)
-    except (ImportError, OSError, RuntimeError) as error:  # Inductor's own errors are RuntimeErrors
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise KernelError(
             f"C++ can't be built here: {type(error).__name__}: {reason}; install a C++ compiler, "
