@@ -19,7 +19,7 @@ from sparsefx.masks.levels import finite_levels
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SMALL = [(1, 2), (1, 3), (2, 3), (1, 4), (2, 4), (3, 4)]
-LARGE = [(2, 8), (4, 8), (7, 8), (3, 7), (8, 16), (16, 32), (33, 64)]
+LARGE = [(2, 8), (4, 8), (7, 8), (3, 7), (8, 16), (16, 32), (21, 48)]
 SOLVERS = ["exact", "greedy", "entropic"]
 INF, NAN = math.inf, math.nan
 
@@ -113,8 +113,6 @@ def test_precision_settings_change_nothing(solver):
 @pytest.mark.parametrize("values", ["normal", "ties", "equal", "zero", "diagonal"])
 @pytest.mark.parametrize(("n", "m"), SMALL + LARGE)
 def test_every_tile_is_full(n, m, values, solver):
-    if (m, solver) == (64, "greedy") and values in ("equal", "zero"):
-        pytest.skip("alike, and greedy visits 4096 entries one by one")
     w = torch.randn(2 * m, 3 * m)
     w = {
         "normal": w,
