@@ -72,7 +72,7 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int, list[tuple[int, int]]]] 
 @pytest.mark.parametrize("name", MOVES)
 def test_what_treats_channels_alike_is_permuted(name: str, permute: Permute):
     middle, width, classes = MOVES[name]
-    report = permute(Between(middle, width), torch.randn(6, 8))
+    report = permute(Between(middle, width), torch.randn(6, 8), training=False)
     found = [one for one in report.classes if "b" in one.layers]
     assert sorted((one.size, one.blocks) for one in found) == sorted(classes), report
     assert report.why("b") == ""
@@ -113,6 +113,6 @@ STAYS: dict[str, tuple[Callable[[Tensor], Tensor], int, str]] = {
 @pytest.mark.parametrize("name", STAYS)
 def test_what_tells_channels_apart_is_left_alone(name: str, permute: Permute):
     middle, width, reason = STAYS[name]
-    report = permute(Between(middle, width), torch.randn(6, 8))
+    report = permute(Between(middle, width), torch.randn(6, 8), training=False)
     assert [one for one in report.classes if "b" in one.layers] == []
     assert re.search(reason, report.why("b")), report.why("b")

@@ -81,7 +81,7 @@ def chains(made: dict[str, Any]) -> st.SearchStrategy[list[tuple[str, bool]]]:
 @SOME
 def test_linear_graphs(permute: Permute, steps: list[tuple[str, bool]], seed: int):
     torch.manual_seed(seed)
-    permute(Net(steps, LINEAR, convolve=False), torch.randn(6, 8), budget=3)
+    permute(Net(steps, LINEAR, convolve=False), torch.randn(6, 8), budget=3, training=False)
 
 
 @given(steps=chains(CONVOLUTIONAL), seed=st.integers(0, 99))
