@@ -33,7 +33,7 @@ def finite_levels(w: Tensor) -> Tensor:
 
 
 def integer_levels(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Map |w| to integers below 2**47 in float64, whose sums are exact in any order.
+    """Map |w| to integers up to 2**46 in float64, whose sums are exact in any order.
 
     The scale of a tile becomes 2**46, less what infinity or NaN need above it: so magnitudes are
     rounded to 2**-46 of the largest, and nothing is when all of them lie within that range, as
