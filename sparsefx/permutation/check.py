@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparsefx import compat
+from sparsefx.errors import PermutationError
 from sparsefx.permutation.axes import Axis
 from sparsefx.permutation.places import Order, permuted
 from sparsefx.permutation.state import State
@@ -67,6 +68,11 @@ class Trial:
             self.dtype = "its own precision"
             self.model = copy.deepcopy(model).eval()
         plain, self.eps = self._run()
+        if not plain:
+            raise PermutationError(
+                f"{type(model).__name__} returns no tensor (in containers that torch knows) that "
+                "could be compared before and after; wrap it in a module that returns its tensors"
+            )
         saved = {name: tensor.clone() for name, tensor in self._named()}
         self._add_noise()
         self.outputs, _ = self._run()
@@ -101,13 +107,19 @@ class Trial:
             return False
         return True
 
-    def _run(self) -> tuple[list[Any], float]:
+    def _run(self) -> tuple[list[Tensor], float]:
         lowest = _LowestPrecision()
         cast = _cast if self.dtype == "float64" else (lambda value: value)
         args, kwargs = compat.map_leaves(cast, (self.args, self.kwargs))
-        with _same_noise(), torch.no_grad(), lowest:
-            out = self.model(*args, **kwargs)
-        return compat.leaves(out), lowest.eps
+        with _same_noise(), torch.no_grad():
+            buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+            with lowest:
+                out = self.model(*args, **kwargs)
+            outputs = [value for value in compat.leaves(out) if isinstance(value, Tensor)]
+            outputs = [value.clone() for value in outputs]  # one may be a buffer
+            for buffer, was in buffers:
+                buffer.copy_(was)
+        return outputs, lowest.eps
 
     def _add_noise(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -147,21 +159,16 @@ def _same_noise() -> Iterator[None]:
         yield
 
 
-def _tensors(outputs: list[Any]) -> list[Tensor]:
-    return [value for value in outputs if isinstance(value, Tensor)]
+def _finite(outputs: list[Tensor]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in outputs)
 
 
-def _finite(outputs: list[Any]) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in _tensors(outputs))
-
-
-def _difference(before: list[Any], after: list[Any]) -> float:
+def _difference(before: list[Tensor], after: list[Tensor]) -> float:
     """Largest difference relative to each output's largest value; infinite for other shapes."""
     worst = 0.0
-    ones, twos = _tensors(before), _tensors(after)
-    if [value.shape for value in ones] != [value.shape for value in twos]:
+    if [value.shape for value in before] != [value.shape for value in after]:
         return float("inf")
-    for one, two in zip(ones, twos, strict=True):
+    for one, two in zip(before, after, strict=True):
         if not one.numel():
             continue
         one, two = one.to(torch.complex128), two.to(torch.complex128)

@@ -67,8 +67,9 @@ def permute_channels(
 
     Raises:
         MaskError: n, m or the budget makes no sense.
-        PermutationError: the model has no values, or its copy's outputs changed by more than
-            rounding: the message names the channels. The model is then untouched.
+        PermutationError: the model has no values or returns no tensors, or its copy's outputs
+            changed by more than rounding: the message names the channels. The model is then
+            untouched.
     """
     check_pattern(n, m)
     check_budget(budget)

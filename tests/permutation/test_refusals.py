@@ -223,6 +223,32 @@ def test_bad_arguments():
         sfx.permute_channels(mlp().to("meta"), x)
 
 
+class Opaque(nn.Module):
+    """Counts its calls, scales by a number, and returns what torch can't look into."""
+
+    def __init__(self, opaque: bool) -> None:
+        super().__init__()
+        self.net, self.scale, self.opaque = mlp(), nn.Parameter(torch.tensor(2.0)), opaque
+        self.register_buffer("calls", torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        out = self.scale * self.net(x) + self.calls
+        return {out} if self.opaque else out
+
+
+def test_outputs_that_can_not_be_compared():
+    with pytest.raises(PermutationError, match="Opaque returns no tensor"):
+        sfx.permute_channels(Opaque(opaque=True), torch.randn(3, 8))
+
+
+def test_a_model_that_counts_its_calls():
+    model = Opaque(opaque=False)
+    report = sfx.permute_channels(model, torch.randn(3, 8))
+    assert report.why("net.2") == ""
+    assert float(model.calls) == 0
+
+
 def test_nan_and_sizes(permute: Permute):
     report = permute(mlp(), torch.randn(3, 8), n=3, m=32)
     refused(report, "2", "run over 16 channels, which is not a multiple of m=32")
