@@ -23,6 +23,10 @@ class Diversity:
     exact: int
     formula: int
 
+    def __str__(self) -> str:
+        """Label both: "90 counted, 144 by the published formula"."""
+        return f"{self.exact} counted, {self.formula} by the published formula"
+
 
 def mask_diversity(
     n: int, m: int, transposable: bool = False, elements: int | None = None

@@ -53,6 +53,13 @@ def test_the_count_is_symmetric_and_the_formula_is_not():
     assert two.formula < six.formula
 
 
+def test_both_are_labelled_in_print():
+    one_tile = mask_diversity(4, 8, True)
+    assert str(one_tile) == "116963796250 counted, 17557585920000 by the published formula"
+    assert one_tile == mask_diversity(4, 8, transposable=True, elements=64)
+    assert str(mask_diversity(4, 8)) == "70 counted, 70 by the published formula"
+
+
 def test_no_weights_have_one_mask():
     assert mask_diversity(2, 4, elements=0).exact == 1
 
