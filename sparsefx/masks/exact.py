@@ -22,7 +22,7 @@ def solve(tiles: Tensor, n: int) -> Tensor:
     """
     if max(tiles.shape[1:]) <= patterns.LARGEST:
         return patterns.solve(tiles, n)
-    if tiles.device.type == "cpu":
+    if tiles.device.type == "cpu" and type(tiles) is Tensor:  # others hold no memory of their own
         mask = native.solve(tiles, n)
         if mask is not None:
             return mask

@@ -185,3 +185,15 @@ def test_4096_tiles_of_each_thread_are_all_solved():
     tiles = w.view(64, 8, 64, 8).transpose(1, 2).reshape(-1, 8, 8)
     kept = mask.view(64, 8, 64, 8).transpose(1, 2).reshape(-1, 8, 8)
     assert torch.equal(kept, flow.solve(tiles, 4))
+
+
+def test_a_tensor_of_another_kind_is_solved_by_operators(monkeypatch):
+    class Wrapped(torch.Tensor):
+        pass
+
+    w = torch.randn(16, 8)
+    mask = transposable_mask(w, 3, 8)
+    monkeypatch.setattr(native, "solve", lambda *_: pytest.fail("reads memory"))
+    assert torch.equal(
+        transposable_mask(w.as_subclass(Wrapped), 3, 8).as_subclass(torch.Tensor), mask
+    )
