@@ -63,6 +63,12 @@ def test_a_parametrized_weight_is_left_alone(permute: Permute):
     refused(permute(model, torch.randn(3, 8)), "2", "parametrized|computed, not read")
 
 
+def test_masks_of_a_sparsifier_are_left_alone(permute: Permute):
+    model = mlp()
+    sfx.sparsifiers.SRSTE(model, 2, 4)
+    refused(permute(model, torch.randn(3, 8)), "2", "computed, not read as it is stored|parametri")
+
+
 def test_a_weight_that_holds_the_zeros_is_left_alone(permute: Permute):
     model = mlp()
     with torch.no_grad():
