@@ -18,20 +18,20 @@ from sparsefx import NM, Masked, Rule, SparseConfig, masks
 def model():
     """A scattered mask, a 2:4 one, a transposable one, zeros without a mask, the output."""
     torch.manual_seed(0)
-    names = ("scattered", "rows", "tiles", "holds", "out")
+    names = ("mixed", "rows", "tiles", "plain", "out")
     layers = nn.Sequential(OrderedDict((name, nn.Linear(16, 16)) for name in names))
-    prune.random_unstructured(layers.scattered, "weight", 0.75)
+    prune.random_unstructured(layers.mixed, "weight", 0.75)
     prune.custom_from_mask(layers.rows, "weight", masks.nm_mask(layers.rows.weight, 2, 4, 1))
     tiles = masks.transposable_mask(layers.tiles.weight, 1, 4)
     prune.custom_from_mask(layers.tiles, "weight", tiles)
     with torch.no_grad():
-        layers.holds.weight.mul_(masks.nm_mask(layers.holds.weight, 2, 4, 1))
+        layers.plain.weight.mul_(masks.nm_mask(layers.plain.weight, 2, 4, 1))
     return layers
 
 
 @pytest.fixture(scope="module")
 def report():
-    rules = [Rule("tiles", Masked()), Rule("holds", Masked()), Rule("*", NM(2, 4, decay=2e-4))]
+    rules = [Rule("tiles", Masked()), Rule("plain", Masked()), Rule("*", NM(2, 4, decay=2e-4))]
     return sfx.explain(model(), config=SparseConfig(rules=rules))(torch.randn(8, 16))
 
 
@@ -39,22 +39,22 @@ def test_text(report):
     assert_text(
         str(report),
         """\
-layer      role         M×N×K    dtype    decision                            runs as              FLOPs
-────────────────────────────────────────────────────────────────────────────────────────────────────────
-scattered  forward      8×16×16  float32  stored mask 25%                     masked dense  4.1K → 1.02K
-           grad_weight  16×16×8  float32  dense [1]                           dense                 4.1K
-rows       forward      8×16×16  float32  stored mask 2:4                     masked dense  4.1K → 2.05K
-           grad_input   8×16×16  float32  stored mask 2:4 (fwd)               masked dense  4.1K → 2.05K
-           grad_weight  16×16×8  float32  dense [1]                           dense                 4.1K
-tiles      forward      8×16×16  float32  stored mask 1:4 transposable        masked dense  4.1K → 1.02K
-           grad_input   8×16×16  float32  stored mask 1:4 transposable (fwd)  masked dense  4.1K → 1.02K
-           grad_weight  16×16×8  float32  dense [1]                           dense                 4.1K
-holds      forward      8×16×16  float32  dense [2]                           dense                 4.1K
-           grad_input   8×16×16  float32  dense [3]                           dense                 4.1K
-           grad_weight  16×16×8  float32  dense [3]                           dense                 4.1K
-out        forward      8×16×16  float32  dense [4]                           dense                 4.1K
-           grad_input   8×16×16  float32  dense [4]                           dense                 4.1K
-           grad_weight  16×16×8  float32  dense [4]                           dense                 4.1K
+layer  role         M×N×K    dtype    decision                            runs as              FLOPs
+────────────────────────────────────────────────────────────────────────────────────────────────────
+mixed  forward      8×16×16  float32  stored mask 25%                     masked dense  4.1K → 1.02K
+       grad_weight  16×16×8  float32  dense [1]                           dense                 4.1K
+rows   forward      8×16×16  float32  stored mask 2:4                     masked dense  4.1K → 2.05K
+       grad_input   8×16×16  float32  stored mask 2:4 (fwd)               masked dense  4.1K → 2.05K
+       grad_weight  16×16×8  float32  dense [1]                           dense                 4.1K
+tiles  forward      8×16×16  float32  stored mask 1:4 transposable        masked dense  4.1K → 1.02K
+       grad_input   8×16×16  float32  stored mask 1:4 transposable (fwd)  masked dense  4.1K → 1.02K
+       grad_weight  16×16×8  float32  dense [1]                           dense                 4.1K
+plain  forward      8×16×16  float32  dense [2]                           dense                 4.1K
+       grad_input   8×16×16  float32  dense [3]                           dense                 4.1K
+       grad_weight  16×16×8  float32  dense [3]                           dense                 4.1K
+out    forward      8×16×16  float32  dense [4]                           dense                 4.1K
+       grad_input   8×16×16  float32  dense [4]                           dense                 4.1K
+       grad_weight  16×16×8  float32  dense [4]                           dense                 4.1K
 
 why dense:
   [1] the gradient that the model gives its masked weight, masked or straight-through (3 products)
@@ -63,8 +63,8 @@ why dense:
   [4] feeds the model's output (keep_output_dense=True) (3 products)
 
 notes:
-  scattered, rows: the rule's 2:4 (decay=0.0002) does not act on a weight with a stored mask
-  holds: holds 2:4 zeros; nothing is changed by that
+  mixed, rows: the rule's 2:4 (decay=0.0002) does not act on a weight with a stored mask
+  plain: holds 2:4 zeros; nothing is changed by that
 
 totals                  dense  sparse        executed
 FLOPs, forward          20.5K   12.3K   60%     20.5K
@@ -90,24 +90,24 @@ def test_why(report):
         "rows grad_weight: dense: the gradient that the model gives its masked weight, masked or "
         "straight-through",
     ]
-    assert report.why("holds")[0] == "holds forward: dense: no stored mask was found in the graph"
+    assert report.why("plain")[0] == "plain forward: dense: no stored mask was found in the graph"
 
 
 def test_rows(report):
     rows = {row.layer: row for row in report.sites if row.role == "forward"}
     found = {n: (r.mask, r.mask_pattern, r.mask_density, r.holds) for n, r in rows.items()}
     assert found == {
-        "scattered": ("scattered.weight_mask", "", 0.25, ""),
+        "mixed": ("mixed.weight_mask", "", 0.25, ""),
         "rows": ("rows.weight_mask", "2:4", 0.5, ""),
         "tiles": ("tiles.weight_mask", "1:4 transposable", 0.25, ""),
-        "holds": ("", "", None, "2:4"),
+        "plain": ("", "", None, "2:4"),
         "out": ("", "", None, ""),
     }
-    scattered = rows["scattered"]
-    assert scattered.decision == Masked()
-    assert scattered.weight == "scattered.weight_orig"
-    assert (scattered.lowering, scattered.sparse_op) == ("masked dense", "masked_mm")
-    assert scattered.flops_sparse * 4 == scattered.flops_dense == scattered.flops_executed
+    mixed = rows["mixed"]
+    assert mixed.decision == Masked()
+    assert mixed.weight == "mixed.weight_orig"
+    assert (mixed.lowering, mixed.sparse_op) == ("masked dense", "masked_mm")
+    assert mixed.flops_sparse * 4 == mixed.flops_dense == mixed.flops_executed
 
 
 def test_plain_data(report):
