@@ -499,7 +499,8 @@ def trace_into(module: str) -> None:
     """
     from torch._dynamo import trace_rules
 
-    trace_rules.MOD_INLINELIST.add(module)
+    traced: Any = trace_rules.MOD_INLINELIST  # a list in its file, then made a set
+    traced.add(module)
     trace_rules.get_mod_inlinelist.cache_clear()
 
 
