@@ -10,8 +10,8 @@ x_q a column and t_p the n-th largest magnitude of p's group without column p, r
 so all swaps are one matrix away, and after a swap only the rows of M of the two groups change. M is
 a matrix of L1 distances, since max(0, a) = (a + |a|) / 2. Far faster, and slightly too large, it is
 a matrix product: max(0, x - t) is linear in x apart from its kink, so between knots s_b it is the
-sum of hat_b(x) max(0, s_b - t). The climb goes up with the product and ends with the distances.
-What a swap really gained is checked in float64, and one that lost is undone.
+sum of hat_b(x) max(0, s_b - t). The climb goes up with the product and, unless the matrix is large, ends with
+the distances. What a swap really gained is checked in float64, and one that lost is undone.
 
 Any n and m. The exhaustive tables of Pool & Yu, "Channel Permutations for N:M Sparsity" (NeurIPS
 2021), grow with the number of ways to group m columns, and are for 2:4.
@@ -29,6 +29,7 @@ from sparsefx.errors import MaskError
 from sparsefx.masks.checks import check_pattern, check_values, check_weight
 
 _KNOTS = 8  # of the fast M, for each row
+_EXACT = 2**31  # numbers to compare for all distances at most: 2048 rows of 1024 columns
 _ROUNDING = 1e-6  # a gain smaller than this share of all that is kept is none
 _SHAKEN = 4  # pairs of groups that an escape disturbs, at most
 
@@ -86,8 +87,10 @@ def _search(x: Tensor, n: int, m: int, free: Tensor, budget: int, seed: int) -> 
     orders = torch.arange(len(x)), _dealt(x, m, free)
     start = max(orders, key=lambda order: float(_kept(x[order].view(-1, m, x.shape[1]), n).sum()))
     rough, spent = _climb(_Grouping(x, n, m, start, free, _Hats.of(x)), budget)
-    best, used = _climb(_Grouping(x, n, m, rough.order, free), budget - spent)
-    spent += used
+    best = rough
+    if len(x) * x.numel() <= _EXACT:
+        best, used = _climb(_Grouping(x, n, m, rough.order, free), budget - spent)
+        spent += used
     generator = torch.Generator().manual_seed(seed)
     while spent < budget:
         shaken = best.copy()
