@@ -61,7 +61,7 @@ def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[t
     return [
         ("canonicalize", partial(passes.canonicalize, excluded=known.nodes)),
         ("find_sites", partial(passes.find_sites, excluded=known.nodes)),
-        ("recognize_masks", passes.recognize_masks),
+        ("recognize_masks", partial(passes.recognize_masks, failed=known.groups)),
         (
             "select_sites",
             partial(
