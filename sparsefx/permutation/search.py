@@ -10,8 +10,9 @@ x_q a column and t_p the n-th largest magnitude of p's group without column p, r
 so all swaps are one matrix away, and after a swap only the rows of M of the two groups change. M is
 a matrix of L1 distances, since max(0, a) = (a + |a|) / 2. Far faster, and slightly too large, it is
 a matrix product: max(0, x - t) is linear in x apart from its kink, so between knots s_b it is the
-sum of hat_b(x) max(0, s_b - t). The climb goes up with the product and, unless the matrix is large, ends with
-the distances. What a swap really gained is checked in float64, and one that lost is undone.
+sum of hat_b(x) max(0, s_b - t). The climb goes up with the product and, unless the matrix is
+large, ends with the distances. What a swap really gained is checked in float64, and one that lost
+is undone.
 
 Any n and m. The exhaustive tables of Pool & Yu, "Channel Permutations for N:M Sparsity" (NeurIPS
 2021), grow with the number of ways to group m columns, and are for 2:4.
