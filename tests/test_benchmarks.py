@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -52,3 +53,23 @@ def test_nothing_is_timed_when_values_are_wrong(linear, monkeypatch):
     monkeypatch.setattr(linear, "race", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match=r"backward sampled, N=40, ratio=0.3: grad_input is off"):
         linear.main(TINY)
+
+
+def test_permutation_keeps_more_and_says_how_much(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("perm", HERE.parent / "benchmarks/permutation.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["perm"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    path = tmp_path / "perm.json"
+    module.main(["--sizes", "32", "--patterns", "2:4", "3:8", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["weights"], row["pattern"]) for row in rows] == [
+        ("normal", "2:4"),
+        ("scaled", "2:4"),
+        ("normal", "3:8"),
+        ("scaled", "3:8"),
+    ]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["before"] < row["after"] < 1
+        assert f"{100 * row['after']:.2f}%" in printed
