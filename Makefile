@@ -28,7 +28,7 @@ demo: compiler venv
 	$(venv_python) examples/quickstart.py
 
 test: compiler venv
-	OMP_NUM_THREADS=1 $(venv_python) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(venv_python) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: venv
 	$(venv_python) -m ruff check .
