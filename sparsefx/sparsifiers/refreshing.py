@@ -119,6 +119,15 @@ class Refreshing(Sparsifier):
         return step % every == 0
 
     def remask(self, layer: Layer, step: int) -> None:
-        """Make one layer's mask from its current weight."""
+        """Make one layer's mask from its current weight.
+
+        Raises:
+            SparsifierError: the weight holds NaN; the mask stays as it was.
+        """
         weight = full(layer.weight.detach())
+        if bool(weight.isnan().any()):  # asked of the whole weight, so every rank says the same
+            raise SparsifierError(
+                f"layer {layer.target.name!r} holds NaN in its weight at step {step}: training "
+                "diverged; go back to an earlier checkpoint, with a lower learning rate"
+            )
         layer.mask.replace(self.make_mask(layer.target, layer.pattern, weight, step))

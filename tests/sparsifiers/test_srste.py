@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsefx import NM, Rule, SparsifierError
 from sparsefx.masks import is_valid, nm_mask
-from sparsefx.sparsifiers import SRSTE, Step
+from sparsefx.sparsifiers import SRSTE, Step, TransposableNM
 
 DECAY = 0.1
 
@@ -360,3 +360,16 @@ def test_a_refresh_below_one(mlp):
     sparsifier = SRSTE(mlp(), refresh=lambda step: 0)
     with pytest.raises(SparsifierError, match=r"refresh\(1\) is 0; it must be at least 1"):
         sparsifier.step()
+
+
+@pytest.mark.parametrize("make", [SRSTE, TransposableNM])
+def test_a_weight_that_became_nan_is_told(mlp, make):
+    model = mlp()
+    sparsifier = make(model, 2, 4, refresh=1)
+    sparsifier.step()
+    kept = {name: mask.clone() for name, mask in sparsifier.masks().items()}
+    with torch.no_grad():
+        model[2].parametrizations.weight.original[3, 5] = math.nan
+    with pytest.raises(SparsifierError, match="layer '2' holds NaN in its weight at step 2: train"):
+        sparsifier.step()
+    assert all(torch.equal(mask, kept[name]) for name, mask in sparsifier.masks().items())
