@@ -238,7 +238,8 @@ def losses_at(chosen: list[Run], steps: int) -> dict[str, float]:
 def plot(chosen: list[Run], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for run in chosen:
-        steps, values = zip(*run.curve, strict=True)
+        points = run.curve[1:] or run.curve  # at step 0 all know nothing, and would set the scale
+        steps, values = zip(*points, strict=True)
         axes.plot(steps, values, label=run.name, marker=".")
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss, nats per byte")
