@@ -204,7 +204,7 @@ class Sparsifier:
                 handle.remove()
         for layer in self.layers.values():
             clear_outside(layer)
-            _unregister(self.model, layer)
+            unregister(self.model, layer)
         self._squashed = True
         return self.model
 
@@ -277,7 +277,8 @@ def _register(target: Target, mask: Mask, pattern: NM) -> Layer:
     return Layer(target, mask, pattern, order)
 
 
-def _unregister(model: nn.Module, layer: Layer) -> None:
+def unregister(model: nn.Module, layer: Layer) -> None:
+    """Take one layer's mask off the model, parameters in their old order; values stay."""
     module, name = layer.target.module, layer.target.tensor_name
     compat.remove_parametrization(model, module, name)
     now = dict(module._parameters)

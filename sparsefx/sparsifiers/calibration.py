@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsefx.config import NM
 from sparsefx.errors import SparsifierError
-from sparsefx.sparsifiers.base import Layer, Sparsifier, _unregister, clear_outside
+from sparsefx.sparsifiers.base import Layer, Sparsifier, unregister, clear_outside
 from sparsefx.sparsifiers.gram import Gram
 from sparsefx.sparsifiers.least_squares import layer_error
 from sparsefx.sparsifiers.mask import is_sharded
@@ -168,7 +168,7 @@ class Calibrated(Sparsifier):
             work.finish()
         for name in [name for name in self.layers if name not in work.new]:
             layer = self.layers.pop(name)
-            _unregister(self.model, layer)
+            unregister(self.model, layer)
             self.skipped[name] = "no calibration data reached it"
         self.calibration = Calibration(tuple(rows))
         return self.calibration
