@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsefx.config import NM
 from sparsefx.errors import SparsifierError
-from sparsefx.sparsifiers.base import Layer, Sparsifier, unregister, clear_outside
+from sparsefx.sparsifiers.base import Layer, Sparsifier, clear_outside, unregister
 from sparsefx.sparsifiers.gram import Gram
 from sparsefx.sparsifiers.least_squares import layer_error
 from sparsefx.sparsifiers.mask import is_sharded
