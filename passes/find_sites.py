@@ -21,7 +21,16 @@ from torch.fx import GraphModule, Node
 from sparsefx import naming, ops
 from sparsefx.compat import OpOverload, settled
 from sparsefx.plan import Kind, Plan, Role, Site, Size
-from sparsefx.rewriting import PLAN, PassResult, arguments, failing_at, peel, plan_of, value
+from sparsefx.rewriting import (
+    PLAN,
+    PassResult,
+    arguments,
+    failing_at,
+    is_backward,
+    peel,
+    plan_of,
+    value,
+)
 
 aten = torch.ops.aten
 
@@ -85,11 +94,11 @@ class _Graph:
     def __post_init__(self) -> None:
         nodes = list(self.gm.graph.nodes)
         _tag_backward(nodes)
-        self.has_backward = any(_is_backward(n) for n in nodes)
+        self.has_backward = any(is_backward(n) for n in nodes)
         for node in nodes:
             if node.op != "call_function" or not _has_floats(node):
                 continue
-            if _is_backward(node):
+            if is_backward(node):
                 self.backwards.append(node)
             elif _kind(node):
                 self.forwards.append(node)
@@ -129,12 +138,8 @@ def _opaque(node: Node) -> str:
 def _tag_backward(nodes: Iterable[Node]) -> None:
     """Tag what waits for the backward: the nodes of a custom autograd function lack the tag."""
     for node in nodes:
-        if node.op == "call_function" and any(map(_is_backward, node.all_input_nodes)):
+        if node.op == "call_function" and any(map(is_backward, node.all_input_nodes)):
             node.meta["partitioner_tag"] = "is_backward"
-
-
-def _is_backward(node: Node) -> bool:
-    return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def _has_floats(node: Node) -> bool:
@@ -146,12 +151,12 @@ def _final_products(nodes: list[Node], forwards: set[Node]) -> set[Node]:
     """Products that reach an output through views alone and feed no other product."""
     feeds: set[Node] = set()
     for node in reversed(nodes):
-        if any((u in forwards or u in feeds) and not _is_backward(u) for u in node.users):
+        if any((u in forwards or u in feeds) and not is_backward(u) for u in node.users):
             feeds.add(node)
     final: set[Node] = set()
     for result in nodes[-1].all_input_nodes:
         step: Node | None = result
-        while step is not None and not _is_backward(step):
+        while step is not None and not is_backward(step):
             if step in forwards:
                 if step not in feeds:
                     final.add(step)

@@ -27,6 +27,7 @@ from sparsefx.rewriting import (
     finish,
     flip,
     inline,
+    is_backward,
     peel,
     plan_of,
     sites_failed,
@@ -113,7 +114,7 @@ def _acting(node: Node, w: Node, mask: Node, kept: Kept) -> Node:
     if bits.target is aten.ne.Scalar and bits.args == (stored, 0):
         return w  # it is masked already
     known = kept.get((stored, bits))
-    if known is None or (_is_backward(known) and not _is_backward(node)):
+    if known is None or (is_backward(known) and not is_backward(node)):
         like = value(stored)
         zero = emit(node, aten.full.default, [], 0.0, dtype=like.dtype, device=like.device)
         args = (bits, stored, zero)
@@ -121,7 +122,3 @@ def _acting(node: Node, w: Node, mask: Node, kept: Kept) -> Node:
             args = (arguments(bits)[0], zero, stored)
         known = kept[stored, bits] = emit(node, aten.where.self, *args)
     return flip(node, known) if flipped else known
-
-
-def _is_backward(node: Node) -> bool:
-    return node.meta.get("partitioner_tag") == "is_backward"

@@ -10,6 +10,7 @@ mask, nor is what follows from an activation, nor what is broadcast.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,11 +19,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparsefx import compat, naming
-from sparsefx.rewriting import INPUT, arguments, value
+from sparsefx.rewriting import CASTS, INPUT, arguments, value
 
 aten = torch.ops.aten
 
-CASTS = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
 SAME = CASTS | {
     aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default,
 }  # fmt: skip
@@ -30,7 +30,7 @@ VIEWS = SAME | {
     aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default,
     aten.reshape.default, aten._unsafe_view.default, aten.slice.Tensor, aten.select.int,
     aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.split.Tensor,
-    aten.split_with_sizes.default, aten.unbind.int, naming.GETITEM,
+    aten.split_with_sizes.default, aten.unbind.int, operator.getitem,
 }  # fmt: skip
 _PARTS = SAME | {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
 _NEGATIONS = {aten.bitwise_not.default, aten.logical_not.default}
@@ -203,7 +203,7 @@ def axis_of(node: Node, axis: int | None, *, bits: bool = False) -> tuple[Node, 
 
 def _axis_before(view: Node, axis: int) -> int | None:
     target, args = view.target, arguments(view)
-    if target in _PARTS or target is naming.GETITEM:
+    if target in _PARTS or target is operator.getitem:
         return axis
     rank = value(args[0]).dim()
     if target is aten.t.default:

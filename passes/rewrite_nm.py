@@ -24,6 +24,7 @@ from sparsefx.config import NM, Dense
 from sparsefx.plan import Plan
 from sparsefx.policy import nm_illegal
 from sparsefx.rewriting import (
+    CASTS,
     PLAN,
     PassResult,
     Skip,
@@ -40,7 +41,6 @@ from sparsefx.rewriting import (
 )
 
 aten = torch.ops.aten
-_CASTS = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
 
 
 def rewrite_nm(gm: GraphModule) -> PassResult:
@@ -153,7 +153,7 @@ def _wrap(node: Node, plan: Plan, nm: NM, forward: Node, decayed: set[Node]) -> 
     operand, flipped = (w, False) if conv else peel(w)
     dim = 1 if conv or flipped else 0  # of the stored weight
     param, last, turned = operand, node, plan.flipped
-    while param.target in _CASTS and isinstance(param.args[0], Node):
+    while param.target in CASTS and isinstance(param.args[0], Node):
         param = arguments(param)[0]
     while (following := _only_view_or_cast(last)) is not None:
         last, turned = following, turned != (following.target is aten.permute.default)
@@ -171,7 +171,7 @@ def _wrap(node: Node, plan: Plan, nm: NM, forward: Node, decayed: set[Node]) -> 
 def _only_view_or_cast(node: Node) -> Node | None:
     """The one user of a gradient, if it only transposes or casts it."""
     users = list(node.users)
-    if len(users) != 1 or users[0].target not in _CASTS | {aten.permute.default}:
+    if len(users) != 1 or users[0].target not in CASTS | {aten.permute.default}:
         return None
     if users[0].target is aten.permute.default and peel(users[0])[0] is users[0]:
         return None  # some other permutation

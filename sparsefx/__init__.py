@@ -11,9 +11,9 @@ from sparsefx.errors import (
     MaskError,
     PassError,
     SparsefxError,
+    SparsefxWarning,
     SparsifierError,
 )
-from sparsefx.pipeline import SparsefxWarning
 from sparsefx.registration import register_backend
 from sparsefx.report import explain
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ _PREFIX = re.compile(r"^[LG]\['[^']*'\]")
 _PARTS = re.compile(r"\._modules|\._parameters|\._buffers")
 _KEYS = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 _PARAMETRIZED = re.compile(r"\.?parametrizations\..*$")
-GETITEM = operator.getitem
 _THROUGH = {
     torch.ops.prims.convert_element_type.default,
     torch.ops.aten._to_copy.default,

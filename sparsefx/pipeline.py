@@ -14,8 +14,7 @@ from torch.fx import GraphModule
 
 from sparsefx import cost, naming, ops, passes
 from sparsefx.config import Dense, GraphPass, SparseConfig
-from sparsefx.errors import PassError
-from sparsefx.errors import SparsefxWarning as SparsefxWarning
+from sparsefx.errors import PassError, SparsefxWarning
 from sparsefx.plan import Decision, Plan
 from sparsefx.rewriting import (
     PassResult,

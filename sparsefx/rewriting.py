@@ -261,6 +261,13 @@ def _with_layout(old: Node, new: Node) -> Node:
 
 # --- reading a graph
 
+CASTS: set[Any] = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
+
+
+def is_backward(node: Node) -> bool:
+    """Whether a node belongs to the backward, as the partitioner will be told."""
+    return node.meta.get("partitioner_tag") == "is_backward"
+
 
 def peel(node: Node) -> tuple[Node, bool]:
     """Follow transposes of the last two axes: (what is transposed, whether it is)."""

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.compat import outside_graphs
-from sparsefx.masks.flow import rows_can_be_full
-from sparsefx.masks.levels import integer_levels
+from sparsefx.masks.flow import by_full_rows
 from sparsefx.masks.magnitude import nm_mask
 from sparsefx.masks.tiles import chunks
 
@@ -38,15 +37,7 @@ def solve(tiles: Tensor, n: int) -> Tensor:
     Returns:
         bool [tiles, a, b].
     """
-    return torch.cat([_solve_chunk(chunk, n) for chunk in chunks(tiles, _CHUNK)])
-
-
-def _solve_chunk(tiles: Tensor, n: int) -> Tensor:
-    _, a, b = tiles.shape
-    level = integer_levels(tiles.flatten(1))[0].view(-1, a, b)
-    if rows_can_be_full(a, b, n):
-        return _solve_rows(level, min(n, b), min(n, a))
-    return _solve_rows(level.transpose(1, 2).contiguous(), min(n, a), min(n, b)).transpose(1, 2)
+    return torch.cat([by_full_rows(chunk, n, _solve_rows) for chunk in chunks(tiles, _CHUNK)])
 
 
 def _solve_rows(level: Tensor, row_limit: int, col_limit: int) -> Tensor:

@@ -11,6 +11,8 @@ Lengths are sums of integer levels, so nothing is rounded, and ties are settled 
 which does the same tile by tile, finds the same mask.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,15 +38,22 @@ def solve(tiles: Tensor, n: int) -> Tensor:
     Returns:
         bool [tiles, a, b].
     """
-    return torch.cat([_solve_chunk(chunk, n) for chunk in chunks(tiles, _CHUNK)])
+    return torch.cat([by_full_rows(chunk, n, _balance) for chunk in chunks(tiles, _CHUNK)])
 
 
-def _solve_chunk(tiles: Tensor, n: int) -> Tensor:
+def by_full_rows(tiles: Tensor, n: int, solve: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    """Let ``solve`` see tiles turned so that every row can be full.
+
+    Args:
+        tiles: [tiles, a, b].
+        n: the limit per row and column.
+        solve: from (integer levels, what each row keeps, what each column keeps at most) to a mask.
+    """
     _, a, b = tiles.shape
     level = integer_levels(tiles.flatten(1))[0].view(-1, a, b)
     if rows_can_be_full(a, b, n):
-        return _balance(level, min(n, b), min(n, a))
-    return _balance(level.transpose(1, 2), min(n, a), min(n, b)).transpose(1, 2)
+        return solve(level, min(n, b), min(n, a))
+    return solve(level.transpose(1, 2).contiguous(), min(n, a), min(n, b)).transpose(1, 2)
 
 
 def rows_can_be_full(a: int, b: int, n: int) -> bool:

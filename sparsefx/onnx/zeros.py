@@ -23,12 +23,11 @@ from sparsefx.capture import Compilation, record_graphs, trace_again
 from sparsefx.config import NM, Sampled, SparseConfig
 from sparsefx.errors import ExportError
 from sparsefx.plan import Plan
-from sparsefx.rewriting import INPUT, arguments, peel, plan_of
+from sparsefx.rewriting import CASTS, INPUT, arguments, peel, plan_of
 
 aten = torch.ops.aten
 
-_CASTS: set[Any] = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
-_SELECTIONS = _CASTS | {
+_SELECTIONS = CASTS | {
     aten.alias.default, aten.as_strided.default, aten.clone.default,
     aten.detach.default, aten.expand.default, aten.permute.default, aten.reshape.default,
     aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
@@ -295,7 +294,7 @@ class _View:
         """Return which elements of the parameter these are."""
         count = math.prod(self._tensor.shape)
         numbers = torch.arange(count, device=self._tensor.device).view(self._tensor.shape)
-        return self._run(node, numbers, _CASTS)
+        return self._run(node, numbers, CASTS)
 
     def _run(self, node: Node, start: Tensor, skipped: set[Any]) -> Tensor:
         if node is self._source:

@@ -15,8 +15,9 @@ from torch.fx import GraphModule, Node
 from sparsefx import compat, pipeline
 from sparsefx.capture import Compilation, trace_again
 from sparsefx.compat import OpOverload
+from sparsefx.errors import SparsefxWarning
 from sparsefx.naming import op_name
-from sparsefx.pipeline import Outcome, SparsefxWarning
+from sparsefx.pipeline import Outcome
 from sparsefx.report.printer import format_graph
 from sparsefx.rewriting import PassResult, copy_graph_module
 
