@@ -9,166 +9,32 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sparsefx import checks
 from sparsefx.errors import ConfigError
+from sparsefx.patterns import NM, Dense, Masked, Pattern, Sampled
 
 if TYPE_CHECKING:
     from sparsefx.plan import Site
 
-MAX_M = 32
+__all__ = [
+    "NM",
+    "PRESETS",
+    "Dense",
+    "Masked",
+    "Pattern",
+    "Rule",
+    "Sampled",
+    "SparseConfig",
+    "as_config",
+    "preset",
+]
 
 _T = TypeVar("_T")
 
-
-def _one_of(owner: str, key: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{owner}: {key}={value!r} is not one of {', '.join(map(repr, allowed))}")
-
-
-def _flag(owner: str, key: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{owner}: {key}={value!r} must be True or False")
-
-
-def _integer(owner: str, key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{owner}: {key}={value!r} must be an int, got {type(value).__name__}")
-
-
-def _number(owner: str, key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{owner}: {key}={value!r} must be a number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:  # an int that no float holds
-        number = math.inf
-    if not math.isfinite(number):
-        raise ConfigError(f"{owner}: {key}={value!r} must be finite")
-    return number
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The full product of the unmodified operands: a pattern like any other."""
-
-    def __str__(self) -> str:
-        """Return the short form that reports show."""
-        return "dense"
-
-
-@dataclass(frozen=True)
-class NM:
-    """Of every ``m`` consecutive weights along the reduction axis, the ``n`` largest |w| act.
-
-    ``n`` is the number KEPT (some papers count the zeros). The mask follows the current weight at
-    every forward; of equal magnitudes the earlier is kept.
-
-    Args:
-        n: weights kept per group, ``1 <= n < m``.
-        m: group size, ``2 <= m <= 32``.
-        transposable: at most ``n`` per row AND per column of every ``m x m`` tile, so that the
-            same mask is N:M for the forward and for grad_input (Hubara et al., NeurIPS 2021).
-        weight_grad: ``"dense"`` is the straight-through gradient, reaching every weight;
-            ``"masked"`` zeroes it outside the mask.
-        decay: lambda of SR-STE (Zhou et al., ICLR 2021, eq. 9): adds ``decay * (1 - mask) * w`` to
-            the weight's gradient; 2e-4 in the paper.
-
-    Raises:
-        ConfigError: for values outside these ranges.
-    """
-
-    n: int
-    m: int
-    transposable: bool = False
-    weight_grad: str = "dense"
-    decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        _integer("NM", "n", self.n)
-        _integer("NM", "m", self.m)
-        if not 2 <= self.m <= MAX_M:
-            raise ConfigError(f"NM: m={self.m} must be between 2 and {MAX_M}")
-        if not 1 <= self.n < self.m:
-            raise ConfigError(
-                f"NM: n={self.n} must be between 1 and m-1={self.m - 1} (n is the number KEPT)"
-            )
-        _flag("NM", "transposable", self.transposable)
-        _one_of("NM", "weight_grad", self.weight_grad, ("dense", "masked"))
-        if _number("NM", "decay", self.decay) < 0:
-            raise ConfigError(f"NM: decay={self.decay!r} must be >= 0")
-        object.__setattr__(self, "decay", float(self.decay))
-
-    def __str__(self) -> str:
-        """Return the short form that reports show."""
-        return f"{self.n}:{self.m}" + (" transposable" if self.transposable else "")
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Column-row sampling: ``x[M, K] @ w[K, N] ~= x[:, S] @ w[S, :]`` (Adelman et al., 2021).
-
-    ``k = min(K, max(min_k, int(ratio * K)))`` pairs are used; ``k == K`` is exactly dense.
-
-    Args:
-        ratio: share of the reduction axis that is used, ``0 < ratio <= 1``.
-        min_k: fewest pairs used, so that narrow layers stay exact.
-        estimator: ``"topk"``: the k largest scores, unscaled, deterministic, biased.
-        scores: ``"product"`` is ``|x_k| * |w_k|`` (2-norms); ``"weight"`` is the norm of the
-            product's right operand alone (the weight in forward and grad_input, the output's
-            gradient in grad_weight), the same on every data-parallel worker for a forward.
-        inference: also sample in graphs without a backward, which are exact otherwise.
-
-    Raises:
-        ConfigError: for values outside these ranges.
-    """
-
-    ratio: float
-    min_k: int = 1
-    estimator: str = "topk"
-    scores: str = "product"
-    inference: bool = False
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if not 0 < _number("Sampled", "ratio", self.ratio) <= 1:
-            raise ConfigError(f"Sampled: ratio={self.ratio!r} must be in (0, 1]")
-        object.__setattr__(self, "ratio", float(self.ratio))
-        _integer("Sampled", "min_k", self.min_k)
-        if self.min_k < 1:
-            raise ConfigError(f"Sampled: min_k={self.min_k} must be at least 1")
-        _one_of("Sampled", "estimator", self.estimator, ("topk",))
-        _one_of("Sampled", "scores", self.scores, ("product", "weight"))
-        _flag("Sampled", "inference", self.inference)
-
-    def k(self, depth: int) -> int:
-        """Return how many of ``depth`` pairs are used."""
-        return min(depth, max(self.min_k, int(self.ratio * depth)))
-
-    def __str__(self) -> str:
-        """Return the short form that reports show."""
-        return f"sampled {self.ratio:g}" + (" by weight" if self.scores == "weight" else "")
-
-
-@dataclass(frozen=True)
-class Masked:
-    """The mask that the model itself holds beside the weight: ``where(mask, w, 0)``, ``w * mask``.
-
-    Every layer with such a mask takes this pattern, whatever rule matches it (one that samples its
-    forward apart): it changes no value. As a rule's ``forward`` it leaves layers without a mask
-    dense, and their rows say so.
-    """
-
-    def __str__(self) -> str:
-        """Return the short form that reports show."""
-        return "stored mask"
-
-
-Pattern = Dense | NM | Sampled | Masked
 _PATTERNS: dict[str, type[Dense] | type[NM] | type[Sampled] | type[Masked]] = {
     "dense": Dense,
     "nm": NM,
@@ -197,7 +63,7 @@ class Rule:
     """
 
     match: Match
-    forward: Pattern = Dense()
+    forward: Pattern = dataclasses.field(default_factory=Dense)
     grad_input: Pattern | None = None
     grad_weight: Pattern | None = None
 
@@ -290,9 +156,9 @@ class SparseConfig:
                     raise ConfigError(f"SparseConfig: rules holds {rule!r}, which is not a Rule")
             object.__setattr__(self, "rules", tuple(self.rules))
         for key in ("keep_output_dense", "strict", "verify"):
-            _flag("SparseConfig", key, getattr(self, key))
-        _one_of("SparseConfig", "select", self.select, ("all", "profitable"))
-        _one_of("SparseConfig", "codegen", self.codegen, ("inductor", "aot_eager"))
+            checks.flag("SparseConfig", key, getattr(self, key))
+        checks.one_of("SparseConfig", "select", self.select, ("all", "profitable"))
+        checks.one_of("SparseConfig", "codegen", self.codegen, ("inductor", "aot_eager"))
         if not isinstance(self.passes, list | tuple) or not all(map(callable, self.passes)):
             raise ConfigError(f"SparseConfig: passes={self.passes!r} must be a list of functions")
         object.__setattr__(self, "passes", tuple(self.passes))

@@ -11,7 +11,6 @@ from hypothesis import given
 from torch import nn
 
 from sparsefx.config import (
-    MAX_M,
     NM,
     PRESETS,
     Dense,
@@ -23,6 +22,7 @@ from sparsefx.config import (
     preset,
 )
 from sparsefx.errors import ConfigError, SparsefxError
+from sparsefx.patterns import MAX_M
 
 
 def is_forward(site):
@@ -81,12 +81,32 @@ def test_what_nm_refuses(arguments, message):
         ({"ratio": float("nan")}, "Sampled: ratio=nan must be finite"),
         ({"ratio": 0.3, "min_k": 0}, "Sampled: min_k=0 must be at least 1"),
         ({"ratio": 0.3, "min_k": 1.0}, "Sampled: min_k=1.0 must be an int, got float"),
-        ({"ratio": 0.3, "estimator": "best"}, "Sampled: estimator='best' is not one of 'topk'"),
+        (
+            {"ratio": 0.3, "estimator": "best"},
+            "Sampled: estimator='best' is not one of 'topk', 'topk_mean', 'systematic', "
+            "'bernoulli', 'with_replacement'",
+        ),
         (
             {"ratio": 0.3, "scores": "norm"},
-            "Sampled: scores='norm' is not one of 'product', 'weight'",
+            "Sampled: scores='norm' is not one of 'product', 'weight', 'input', 'estimated', "
+            "'uniform'",
         ),
         ({"ratio": 0.3, "inference": "yes"}, "Sampled: inference='yes' must be True or False"),
+        ({"ratio": 0.3, "shared": 1}, "Sampled: shared=1 must be True or False"),
+        ({}, "Sampled: ratio=None and mass=None: give one of them"),
+        ({"mass": 0.0}, "Sampled: mass=0.0 must be in (0, 1]"),
+        ({"mass": 1.1, "ratio": 0.5}, "Sampled: mass=1.1 must be in (0, 1]"),
+        ({"mass": "0.9"}, "Sampled: mass='0.9' must be a number, got str"),
+        (
+            {"mass": 0.9, "estimator": "bernoulli"},
+            "Sampled: mass=0.9 goes with estimator='topk' alone, not with estimator='bernoulli'; "
+            "give a ratio",
+        ),
+        (
+            {"ratio": 0.5, "estimator": "topk_mean", "scores": "uniform"},
+            "Sampled: scores='uniform' tells no pair from another, so estimator='topk_mean' "
+            "can't rank by deviation; use another of either",
+        ),
     ],
 )
 def test_what_sampled_refuses(arguments, message):
@@ -114,6 +134,25 @@ def test_a_number_that_no_float_holds_is_not_finite():
 )
 def test_k(ratio, min_k, depth, k):
     assert Sampled(ratio, min_k=min_k).k(depth) == k
+
+
+@pytest.mark.parametrize(
+    ("mass", "ratio", "min_k", "depth", "k"),
+    [(0.9, None, 1, 10, 9), (0.5, None, 1, 3, 2), (0.1, None, 4, 10, 4), (1, None, 1, 7, 7),
+     (0.9, 0.5, 1, 10, 5), (0.2, 0.5, 1, 10, 5), (0.9, None, 1, 0, 0)],
+)  # fmt: skip
+def test_most_pairs_of_a_mass(mass, ratio, min_k, depth, k):
+    pattern = Sampled(ratio, min_k=min_k, mass=mass)
+    assert pattern.k(depth) == pattern.size(depth) == k
+
+
+@given(ratio=st.floats(0, 1, exclude_min=True), depth=st.integers(0, 10**6))
+def test_bernoulli_has_room_for_three_deviations(ratio, depth):
+    pattern = Sampled(ratio, estimator="bernoulli")
+    k, size = pattern.k(depth), pattern.size(depth)
+    assert size == depth or size >= k + 3 * k**0.5
+    assert Sampled(ratio, estimator="systematic").size(depth) == k
+    assert size <= depth
 
 
 @given(ratio=st.floats(0, 1, exclude_min=True), min_k=st.integers(1, 9), depth=st.integers(0, 99))
@@ -248,6 +287,18 @@ def test_values_compare_and_hash():
         (NM(4, 8, transposable=True), "4:8 transposable"),
         (Sampled(0.3), "sampled 0.3"),
         (Sampled(0.25, scores="weight"), "sampled 0.25 by weight"),
+        (Sampled(0.25, estimator="topk_mean"), "sampled 0.25 topk mean"),
+        (Sampled(0.25, estimator="systematic", scores="input"), "sampled 0.25 systematic by input"),
+        (
+            Sampled(0.25, estimator="bernoulli", scores="estimated"),
+            "sampled 0.25 bernoulli by estimate",
+        ),
+        (
+            Sampled(1, estimator="with_replacement", scores="uniform"),
+            "sampled 1 with replacement uniformly",
+        ),
+        (Sampled(mass=0.9), "sampled mass 0.9"),
+        (Sampled(0.5, mass=0.9), "sampled mass 0.9 up to 0.5"),
     ],
 )
 def test_patterns_as_text(pattern, text):
@@ -435,7 +486,7 @@ def test_dicts_may_hold_objects_and_leave_out_defaults():
         (
             {"rules": [{"match": "*", "forward": {"kind": "sampled", "k": 3}}]},
             "Sampled: unknown key 'k' (value 3); allowed: ratio, min_k, estimator, scores, "
-            "inference",
+            "inference, mass, shared",
         ),
         (
             {"rules": [{"match": "*", "forward": {"kind": "dense", "n": 3}}]},

@@ -9,21 +9,24 @@ from pathlib import Path
 
 import pytest
 
-LEAVES = {"errors", "config", "compat", "masks"}
+LEAVES = {"errors", "checks", "patterns", "config", "compat", "masks"}
 PASSES_MAY = LEAVES | {"ops", "plan", "policy", "cost", "rewriting", "naming"}
 PIPELINE_MAY = PASSES_MAY | {"passes", "verify"}
 
 # room -> the rooms it may import, itself apart. A room is a module or a folder of sparsefx/.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
+    "checks": {"errors"},
+    "schedules": {"errors", "checks"},
+    "patterns": {"errors", "checks", "schedules"},
+    "config": {"errors", "checks", "schedules", "patterns"},
     "compat": {"errors"},
     "masks": {"errors", "compat"},
     "ops": LEAVES,
     "kernels": LEAVES | {"ops"},
-    "plan": {"errors", "config"},
-    "policy": {"errors", "config", "plan"},
-    "cost": {"errors", "compat", "config", "plan", "policy"},
+    "plan": {"errors", "config", "patterns"},
+    "policy": {"errors", "config", "patterns", "plan"},
+    "cost": {"errors", "compat", "config", "patterns", "plan", "policy"},
     "rewriting": LEAVES | {"plan", "ops"},
     "naming": LEAVES | {"plan", "rewriting"},
     "verify": LEAVES | {"ops", "plan", "rewriting"},

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparsefx.config import MAX_M
 from sparsefx.errors import SparsifierError
 from sparsefx.masks import nm_mask, transposable_mask
+from sparsefx.patterns import MAX_M
 from sparsefx.sparsifiers.targets import Target
 
 
