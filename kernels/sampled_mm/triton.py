@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsefx import ops
 from sparsefx.kernels import _tiles
-from sparsefx.ops import sampled as meaning
+from sparsefx.ops import gathers as meaning
 
 
 @triton.jit
@@ -58,14 +58,19 @@ def _scattered_mm_kernel(a, b, index, y, rows, cols, depth, sai, sak, sbk, sbj, 
     tl.store(y + i * syi + to * syj, acc.to(y.dtype.element_ty), (i < rows) & (j < cols))
 
 
-def sampled_mm(x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
+def sampled_mm(
+    x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None,
+    scale: Tensor | None = None, rest: bool = False,
+) -> Tensor:  # fmt: skip
     """Multiply x [M, K] by w [K, N] over the K's in indices [k], add bias [N], sum in float32.
 
-    float64, mixed dtypes and large shapes take the reference: gathered copies, the library's GEMM.
+    float64, mixed dtypes, large shapes, and pairs that are scaled or stood in for take the
+    reference: gathered copies, the library's GEMM.
     """
     shape = x.shape[0], w.shape[1], len(indices)
-    if not _adds_up(x, w, bias) or not _tiles.columns_in_gemm(*shape, x.itemsize):
-        return ops.REFERENCES[ops.sampled_mm](x, w, indices, bias)
+    plain = scale is None and not rest and _adds_up(x, w, bias)
+    if not plain or not _tiles.columns_in_gemm(*shape, x.itemsize):
+        return ops.REFERENCES[ops.sampled_mm](x, w, indices, bias, scale, rest)
     return fused(x, w, indices, bias)
 
 
@@ -87,8 +92,12 @@ def fused(x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def sampled_mm_grad_input(grad: Tensor, w: Tensor, indices: Tensor) -> Tensor:
+def sampled_mm_grad_input(
+    grad: Tensor, w: Tensor, indices: Tensor, scale: Tensor | None = None, rest: bool = False
+) -> Tensor:
     """Return [M, K]: zeros, but columns indices [k] are grad [M, N] @ w[indices] turned."""
+    if scale is not None or rest:
+        return ops.REFERENCES[ops.sampled_mm_grad_input](grad, w, indices, scale, rest)
     y = grad.new_zeros(grad.shape[0], w.shape[0])
     shape = grad.shape[0], len(indices), w.shape[1]
     if not _adds_up(grad, w) or not _tiles.rows_in_gemm(*shape, grad.itemsize, copies=2):
@@ -97,12 +106,15 @@ def sampled_mm_grad_input(grad: Tensor, w: Tensor, indices: Tensor) -> Tensor:
 
 
 def sampled_mm_grad_weight(
-    xs: Tensor, grad: Tensor, indices: Tensor, depth: int, transposed: bool
+    xs: Tensor, grad: Tensor, indices: Tensor, depth: int, transposed: bool, rest: bool = False
 ) -> Tensor:
     """Return [depth, N], zero but for rows indices [k]: xs [M, k] turned @ grad [M, N].
 
     ``transposed`` returns the same as [N, depth], contiguous.
     """
+    if rest:
+        arguments = xs, grad, indices, depth, transposed, rest
+        return ops.REFERENCES[ops.sampled_mm_grad_weight](*arguments)
     cols = grad.shape[1]
     y = grad.new_zeros((cols, depth) if transposed else (depth, cols))
     turned = y if transposed else y.t()  # [N, depth]

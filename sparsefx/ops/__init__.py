@@ -15,21 +15,27 @@ from sparsefx.ops.nm import (
     nm_mm,
 )
 from sparsefx.ops.sampled import (
-    gather_channels,
     gather_columns,
+    gather_rows,
     sampled_bmm,
     sampled_bmm_grad_input,
     sampled_bmm_grad_weight,
+    sampled_bmm_weight,
+    sampled_mm,
+    sampled_mm_grad_input,
+    sampled_mm_grad_weight,
+    sampled_mm_weight,
+    topk_conv_indices,
+    topk_mm_indices,
+)
+from sparsefx.ops.sampled_conv import (
+    gather_channels,
+    gather_examples,
     sampled_conv,
     sampled_conv_grad_input,
     sampled_conv_grad_weight,
     sampled_conv_input,
     sampled_conv_weight,
-    sampled_mm,
-    sampled_mm_grad_input,
-    sampled_mm_grad_weight,
-    topk_conv_indices,
-    topk_mm_indices,
 )
 
 __all__ = [
@@ -39,6 +45,8 @@ __all__ = [
     "conv_grad_weight",
     "gather_channels",
     "gather_columns",
+    "gather_examples",
+    "gather_rows",
     "has_kernel",
     "is_sparse_op",
     "masked_conv",
@@ -51,6 +59,7 @@ __all__ = [
     "sampled_bmm",
     "sampled_bmm_grad_input",
     "sampled_bmm_grad_weight",
+    "sampled_bmm_weight",
     "sampled_conv",
     "sampled_conv_grad_input",
     "sampled_conv_grad_weight",
@@ -59,6 +68,7 @@ __all__ = [
     "sampled_mm",
     "sampled_mm_grad_input",
     "sampled_mm_grad_weight",
+    "sampled_mm_weight",
     "topk_conv_indices",
     "topk_mm_indices",
     "traceable",

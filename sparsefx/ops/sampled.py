@@ -1,19 +1,15 @@
 """What the sampled ops mean: x[M, K] @ w[K, N] ~= x[:, S] @ w[S, :] (Adelman et al., 2021).
 
-    topk_mm_indices(x, w, k, scores)            S: the k pairs with the largest scores, ascending
     sampled_mm(x, w, S, bias)                   x[:, S] @ w[S, :] + bias
     sampled_mm_grad_input(grad, w, S)           its dL/dx: zero outside the columns S
     sampled_mm_grad_weight(xs, grad, S, K, t)   its dL/dw from xs = x[:, S]: zero outside the rows S
-    gather_columns(x, S), gather_channels(x, S) xs, all that a backward needs of x
+    sampled_mm_weight(xs, grad, S, t)           x.T @ grad over rows S alone, from xs = x[S, :]
+    gather_columns(x, S), gather_rows(x, S)     xs, all that a backward needs of x
     sampled_bmm, ...                            the same for [B, M, K] @ [B, K, N], S is [B, k]
-    topk_conv_indices, sampled_conv, ...        channels of a convolution, S is [groups, k]
-    sampled_conv_input, sampled_conv_weight     a convolution's gradients, sampled on their own:
-                                                over output channels, over the batch's examples
 
-Score of pair i: |x_i| * |w_i| (2-norms of column and row), or one of the two. Of equals the earlier
-is kept. Norms are computed in at least float32, where those below 1e-22 count as 0 and those above
-1e19 as infinite. Indices are int64, unique, ascending: gathers read forwards. ``where`` is
-(stride, padding, dilation, groups) throughout.
+S comes from draws.py; ``scale`` and ``rest``, which most of these take, are told in gathers.py, and
+are part of what ``gather_*`` returns: a gradient from xs needs no scale. ``t`` (transposed) asks
+for the transpose of the result.
 """
 
 from __future__ import annotations
@@ -24,11 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefx.ops import dense
 from sparsefx.ops._define import define, differentiate
+from sparsefx.ops.gathers import (
+    batch_spread,
+    count_of_others,
+    left_pairs,
+    right_pairs,
+    spread,
+)
 
-aten = torch.ops.aten
 Ints = Sequence[int]
+PAIRS = "Tensor? scale=None, bool rest=False"
 
 
 # --- which pairs
@@ -109,68 +111,88 @@ topk_conv_indices = define(
     _fake_topk_conv,
 )
 
-# --- gathers and their transposes
+# --- matrix products; x @ w, grad @ w.T and x.T @ grad over the pairs in S
 
 
-def rows(w: Tensor, indices: Tensor) -> Tensor:
-    """w[S, :] of [K, N], read along memory: a transposed view is gathered by its columns."""
-    if w.stride(0) < w.stride(1):
-        return w.t().index_select(1, indices).t()
-    return w.index_select(0, indices)
-
-
-def columns(x: Tensor, indices: Tensor) -> Tensor:
-    """x[:, S] of [M, K], read along memory."""
-    return rows(x.t(), indices).t()
-
-
-def spread(values: Tensor, indices: Tensor, size: int, dim: int) -> Tensor:
-    """Zeros of ``size`` along ``dim`` with ``values`` at the indices, which are unique."""
-    out = values.new_zeros([*values.shape[:dim], size, *values.shape[dim + 1 :]])
-    return out.index_copy(dim, indices, values)
-
-
-# --- matrix products
-
-
-def _sampled_mm(x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
-    xs, ws = columns(x, indices), rows(w, indices)
+def _sampled_mm(
+    x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None,
+    scale: Tensor | None = None, rest: bool = False,
+) -> Tensor:  # fmt: skip
+    xs, ws = left_pairs(x, indices, scale, rest), right_pairs(w, indices, rest)
     return xs @ ws if bias is None else torch.addmm(bias, xs, ws)
 
 
-def _fake_sampled_mm(x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_sampled_mm(x: Tensor, w: Tensor, *_: Any) -> Tensor:
     return x.new_empty((x.shape[0], w.shape[1]))
 
 
-def _sampled_mm_grad_input(grad: Tensor, w: Tensor, indices: Tensor) -> Tensor:
-    return spread(grad @ rows(w, indices).t(), indices, w.shape[0], 1)
+def _sampled_mm_grad_input(
+    grad: Tensor, w: Tensor, indices: Tensor, scale: Tensor | None = None, rest: bool = False
+) -> Tensor:
+    values = grad @ left_pairs(w.t(), indices, scale)  # [M, k]
+    others = grad @ right_pairs(w, indices, rest)[-1:].t() if rest else None  # [M, 1]
+    return spread(values, indices, w.shape[0], 1, others)
 
 
-def _fake_sampled_mm_grad_input(grad: Tensor, w: Tensor, indices: Tensor) -> Tensor:
+def _fake_sampled_mm_grad_input(grad: Tensor, w: Tensor, *_: Any) -> Tensor:
     return grad.new_empty((grad.shape[0], w.shape[0]))
 
 
 def _sampled_mm_grad_weight(
-    xs: Tensor, grad: Tensor, indices: Tensor, depth: int, transposed: bool
+    xs: Tensor, grad: Tensor, indices: Tensor, depth: int, transposed: bool, rest: bool = False
 ) -> Tensor:
-    if transposed:
-        return spread(grad.t() @ xs, indices, depth, 1)
-    return spread(xs.t() @ grad, indices, depth, 0)
+    values = grad.t() @ xs if transposed else xs.t() @ grad
+    dim = 1 if transposed else 0
+    return _put_back(values, indices, depth, dim, rest, spread)
+
+
+def _put_back(
+    values: Tensor, indices: Tensor, depth: Any, dim: int, rest: bool, spread: Any
+) -> Tensor:
+    """Spread a weight's gradient; with ``rest`` its last slice belongs to all others alike."""
+    if not rest:
+        return spread(values, indices, depth, dim)  # type: ignore[no-any-return]
+    k = values.shape[dim] - 1
+    others = values.narrow(dim, k, 1) / count_of_others(depth, k)
+    return spread(values.narrow(dim, 0, k), indices, depth, dim, others)  # type: ignore[no-any-return]
 
 
 def _fake_sampled_mm_grad_weight(
-    xs: Tensor, grad: Tensor, indices: Tensor, depth: int, transposed: bool
+    xs: Tensor, grad: Tensor, indices: Tensor, depth: int, transposed: bool, rest: bool = False
 ) -> Tensor:
     width = grad.shape[1]
     return xs.new_empty((width, depth) if transposed else (depth, width))
 
 
-def _sampled_mm_flops(x: Ints, w: Ints, indices: Ints, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * indices[0] * w[1]
+def _sampled_mm_weight(
+    xs: Tensor, grad: Tensor, indices: Tensor, transposed: bool, rest: bool = False
+) -> Tensor:
+    gs = right_pairs(grad, indices, rest)  # [k, N]
+    return gs.t() @ xs if transposed else xs.t() @ gs
 
 
-def _grad_input_flops(grad: Ints, w: Ints, indices: Ints, *_: Any, **__: Any) -> int:
-    return 2 * grad[0] * grad[1] * indices[0]
+def _fake_sampled_mm_weight(
+    xs: Tensor, grad: Tensor, indices: Tensor, transposed: bool, rest: bool = False
+) -> Tensor:
+    shape = (grad.shape[1], xs.shape[1]) if transposed else (xs.shape[1], grad.shape[1])
+    return xs.new_empty(shape)
+
+
+def _pairs(indices: Ints, rest: bool) -> int:
+    return indices[-1] + rest
+
+
+def _sampled_mm_flops(
+    x: Ints, w: Ints, indices: Ints, bias: Any = None, scale: Any = None, rest: bool = False,
+    **_: Any,
+) -> int:  # fmt: skip
+    return 2 * x[0] * _pairs(indices, rest) * w[1]
+
+
+def _grad_input_flops(
+    grad: Ints, w: Ints, indices: Ints, scale: Any = None, rest: bool = False, **_: Any
+) -> int:
+    return 2 * grad[0] * grad[1] * _pairs(indices, rest)
 
 
 def _grad_weight_flops(xs: Ints, grad: Ints, *_: Any, **__: Any) -> int:
@@ -178,89 +200,111 @@ def _grad_weight_flops(xs: Ints, grad: Ints, *_: Any, **__: Any) -> int:
 
 
 sampled_mm = define(
-    "sampled_mm(Tensor x, Tensor w, Tensor indices, Tensor? bias) -> Tensor",
+    f"sampled_mm(Tensor x, Tensor w, Tensor indices, Tensor? bias, {PAIRS}) -> Tensor",
     _sampled_mm,
     _fake_sampled_mm,
     _sampled_mm_flops,
 )
 sampled_mm_grad_input = define(
-    "sampled_mm_grad_input(Tensor grad, Tensor w, Tensor indices) -> Tensor",
+    f"sampled_mm_grad_input(Tensor grad, Tensor w, Tensor indices, {PAIRS}) -> Tensor",
     _sampled_mm_grad_input,
     _fake_sampled_mm_grad_input,
     _grad_input_flops,
 )
 sampled_mm_grad_weight = define(
     "sampled_mm_grad_weight(Tensor xs, Tensor grad, Tensor indices, SymInt depth, "
-    "bool transposed) -> Tensor",
+    "bool transposed, bool rest=False) -> Tensor",
     _sampled_mm_grad_weight,
     _fake_sampled_mm_grad_weight,
+    _grad_weight_flops,
+)
+sampled_mm_weight = define(
+    "sampled_mm_weight(Tensor xs, Tensor grad, Tensor indices, bool transposed, "
+    "bool rest=False) -> Tensor",
+    _sampled_mm_weight,
+    _fake_sampled_mm_weight,
     _grad_weight_flops,
 )
 
 # --- what the forward saves
 
 
-def _gather_columns(x: Tensor, indices: Tensor) -> Tensor:
-    if x.dim() == 3:
-        return batch_columns(x, indices)
-    return columns(x, indices).contiguous()
+def _gather_columns(
+    x: Tensor, indices: Tensor, scale: Tensor | None = None, rest: bool = False
+) -> Tensor:
+    xs = left_pairs(x, indices, scale, rest)
+    return xs.contiguous() if x.dim() == 2 else xs
+
+
+def _gather_rows(
+    x: Tensor, indices: Tensor, scale: Tensor | None = None, rest: bool = False
+) -> Tensor:
+    return left_pairs(x.mT, indices, scale, rest).mT.contiguous()
 
 
 gather_columns = define(
-    "gather_columns(Tensor x, Tensor indices) -> Tensor", _gather_columns, _gather_columns
+    f"gather_columns(Tensor x, Tensor indices, {PAIRS}) -> Tensor", _gather_columns, _gather_columns
+)
+gather_rows = define(
+    f"gather_rows(Tensor x, Tensor indices, {PAIRS}) -> Tensor", _gather_rows, _gather_rows
 )
 
-# --- batched products: each batch its own indices
+# --- batched products: each batch its own indices, or [1, k] for all
 
 
-def _batch_rows(w: Tensor, indices: Tensor) -> Tensor:
-    """w[b, S[b], :]: [B, K, N], [B, k] -> [B, k, N], read along memory."""
-    if w.stride(1) < w.stride(2):
-        return batch_columns(w.transpose(1, 2), indices).transpose(1, 2)
-    return w.gather(1, indices.unsqueeze(2).expand(-1, -1, w.shape[2]))
+def _sampled_bmm(
+    x: Tensor, w: Tensor, indices: Tensor, scale: Tensor | None = None, rest: bool = False
+) -> Tensor:
+    return torch.bmm(left_pairs(x, indices, scale, rest), right_pairs(w, indices, rest))
 
 
-def batch_columns(x: Tensor, indices: Tensor) -> Tensor:
-    """x[b, :, S[b]]: [B, M, K], [B, k] -> [B, M, k], read along memory."""
-    if x.stride(2) > x.stride(1):
-        return _batch_rows(x.transpose(1, 2), indices).transpose(1, 2)
-    return x.gather(2, indices.unsqueeze(1).expand(-1, x.shape[1], -1))
-
-
-def _sampled_bmm(x: Tensor, w: Tensor, indices: Tensor) -> Tensor:
-    return torch.bmm(batch_columns(x, indices), _batch_rows(w, indices))
-
-
-def _fake_sampled_bmm(x: Tensor, w: Tensor, indices: Tensor) -> Tensor:
+def _fake_sampled_bmm(x: Tensor, w: Tensor, *_: Any) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], w.shape[2]))
 
 
-def _sampled_bmm_grad_input(grad: Tensor, w: Tensor, indices: Tensor) -> Tensor:
-    values = torch.bmm(grad, _batch_rows(w, indices).transpose(1, 2))  # [B, M, k]
-    out = grad.new_zeros((grad.shape[0], grad.shape[1], w.shape[1]))
-    return out.scatter(2, indices.unsqueeze(1).expand(-1, grad.shape[1], -1), values)
+def _sampled_bmm_grad_input(
+    grad: Tensor, w: Tensor, indices: Tensor, scale: Tensor | None = None, rest: bool = False
+) -> Tensor:
+    values = torch.bmm(grad, left_pairs(w.mT, indices, scale))  # [B, M, k]
+    others = torch.bmm(grad, right_pairs(w, indices, rest)[:, -1:].mT) if rest else None
+    return batch_spread(values, indices, w.shape[1], 2, others)
 
 
-def _fake_sampled_bmm_grad_input(grad: Tensor, w: Tensor, indices: Tensor) -> Tensor:
+def _fake_sampled_bmm_grad_input(grad: Tensor, w: Tensor, *_: Any) -> Tensor:
     return grad.new_empty((grad.shape[0], grad.shape[1], w.shape[1]))
 
 
-def _sampled_bmm_grad_weight(xs: Tensor, grad: Tensor, indices: Tensor, depth: int) -> Tensor:
-    values = torch.bmm(xs.transpose(1, 2), grad)  # [B, k, N]
-    out = grad.new_zeros((grad.shape[0], depth, grad.shape[2]))
-    return out.scatter(1, indices.unsqueeze(2).expand(-1, -1, grad.shape[2]), values)
+def _sampled_bmm_grad_weight(
+    xs: Tensor, grad: Tensor, indices: Tensor, depth: int, rest: bool = False
+) -> Tensor:
+    values = torch.bmm(xs.mT, grad)  # [B, k, N]
+    return _put_back(values, indices, depth, 1, rest, batch_spread)
 
 
-def _fake_sampled_bmm_grad_weight(xs: Tensor, grad: Tensor, indices: Tensor, depth: int) -> Tensor:
+def _fake_sampled_bmm_grad_weight(
+    xs: Tensor, grad: Tensor, indices: Tensor, depth: int, rest: bool = False
+) -> Tensor:
     return grad.new_empty((grad.shape[0], depth, grad.shape[2]))
 
 
-def _bmm_flops(x: Ints, w: Ints, indices: Ints, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * x[1] * indices[1] * w[2]
+def _sampled_bmm_weight(xs: Tensor, grad: Tensor, indices: Tensor, rest: bool = False) -> Tensor:
+    return torch.bmm(xs.mT, right_pairs(grad, indices, rest))
 
 
-def _bmm_grad_input_flops(grad: Ints, w: Ints, indices: Ints, *_: Any, **__: Any) -> int:
-    return 2 * grad[0] * grad[1] * grad[2] * indices[1]
+def _fake_sampled_bmm_weight(xs: Tensor, grad: Tensor, *_: Any) -> Tensor:
+    return xs.new_empty((xs.shape[0], xs.shape[2], grad.shape[2]))
+
+
+def _bmm_flops(
+    x: Ints, w: Ints, indices: Ints, scale: Any = None, rest: bool = False, **_: Any
+) -> int:
+    return 2 * x[0] * x[1] * _pairs(indices, rest) * w[2]
+
+
+def _bmm_grad_input_flops(
+    grad: Ints, w: Ints, indices: Ints, scale: Any = None, rest: bool = False, **_: Any
+) -> int:
+    return 2 * grad[0] * grad[1] * grad[2] * _pairs(indices, rest)
 
 
 def _bmm_grad_weight_flops(xs: Ints, grad: Ints, *_: Any, **__: Any) -> int:
@@ -268,209 +312,63 @@ def _bmm_grad_weight_flops(xs: Ints, grad: Ints, *_: Any, **__: Any) -> int:
 
 
 sampled_bmm = define(
-    "sampled_bmm(Tensor x, Tensor w, Tensor indices) -> Tensor",
+    f"sampled_bmm(Tensor x, Tensor w, Tensor indices, {PAIRS}) -> Tensor",
     _sampled_bmm,
     _fake_sampled_bmm,
     _bmm_flops,
 )
 sampled_bmm_grad_input = define(
-    "sampled_bmm_grad_input(Tensor grad, Tensor w, Tensor indices) -> Tensor",
+    f"sampled_bmm_grad_input(Tensor grad, Tensor w, Tensor indices, {PAIRS}) -> Tensor",
     _sampled_bmm_grad_input,
     _fake_sampled_bmm_grad_input,
     _bmm_grad_input_flops,
 )
 sampled_bmm_grad_weight = define(
-    "sampled_bmm_grad_weight(Tensor xs, Tensor grad, Tensor indices, SymInt depth) -> Tensor",
+    "sampled_bmm_grad_weight(Tensor xs, Tensor grad, Tensor indices, SymInt depth, "
+    "bool rest=False) -> Tensor",
     _sampled_bmm_grad_weight,
     _fake_sampled_bmm_grad_weight,
     _bmm_grad_weight_flops,
 )
-
-# --- convolutions: every group samples equally many channels; the reference is its own fake
-
-
-def _channels(indices: Tensor, per_group: int) -> Tensor:
-    """Positions within groups [groups, k] -> channels [groups * k]."""
-    first = torch.arange(indices.shape[0], device=indices.device).unsqueeze(1) * per_group
-    return (indices + first).flatten()
-
-
-def input_channels(x: Tensor, indices: Tensor) -> Tensor:
-    """x[:, S] for S [groups, k] of [batch, groups * per_group, *spatial]."""
-    return x.index_select(1, _channels(indices, x.shape[1] // indices.shape[0]))
-
-
-gather_channels = define(
-    "gather_channels(Tensor x, Tensor indices) -> Tensor", input_channels, input_channels
+sampled_bmm_weight = define(
+    "sampled_bmm_weight(Tensor xs, Tensor grad, Tensor indices, bool rest=False) -> Tensor",
+    _sampled_bmm_weight,
+    _fake_sampled_bmm_weight,
+    _bmm_grad_weight_flops,
 )
 
-
-def _weight_inputs(w: Tensor, indices: Tensor) -> Tensor:
-    """w[o, S[group of o]]: [groups * out, in, *taps] -> [groups * out, k, *taps]."""
-    groups = indices.shape[0]
-    if groups == 1:
-        return w.index_select(1, indices[0])
-    each = indices.repeat_interleave(w.shape[0] // groups, 0)  # [groups * out, k]
-    each = each.view(*each.shape, *[1] * (w.dim() - 2)).expand(-1, -1, *w.shape[2:])
-    return w.gather(1, each)
-
-
-def _sampled_conv(
-    x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None, *where: Any
-) -> Tensor:
-    stride, padding, dilation, groups = where
-    out: Tensor = aten.convolution(
-        input_channels(x, indices), _weight_inputs(w, indices), bias,
-        stride, padding, dilation, False, [0] * len(stride), groups,
-    )  # fmt: skip
-    return out
-
-
-def _sampled_conv_grad_input(
-    grad: Tensor, w: Tensor, indices: Tensor, input_size: Ints, *where: Any
-) -> Tensor:
-    groups, k = indices.shape
-    size = [input_size[0], groups * k, *input_size[2:]]
-    values = dense._grad_input(grad, _weight_inputs(w, indices), size, *where)
-    return spread(values, _channels(indices, w.shape[1]), input_size[1], 1)
-
-
-def _sampled_conv_grad_weight(
-    xs: Tensor, grad: Tensor, indices: Tensor, weight_size: Ints, *where: Any
-) -> Tensor:
-    groups, k = indices.shape
-    out, per_group, *taps = weight_size
-    values = dense._grad_weight(grad, xs, [out, k, *taps], *where)
-    if groups == 1:
-        return spread(values, indices[0], per_group, 1)
-    each = indices.repeat_interleave(out // groups, 0)
-    each = each.view(out, k, *[1] * len(taps)).expand(-1, -1, *taps)
-    return values.new_zeros(list(weight_size)).scatter(1, each, values)
-
-
-def _sampled_conv_input(
-    grad: Tensor, w: Tensor, indices: Tensor, input_size: Ints, *where: Any
-) -> Tensor:
-    # a group's sampled output channels are adjacent in both operands, so groups stay what they are
-    taken = _channels(indices, w.shape[0] // indices.shape[0])
-    gs, ws = grad.index_select(1, taken), w.index_select(0, taken)
-    return dense._grad_input(gs, ws, input_size, *where)
-
-
-def _sampled_conv_weight(
-    grad: Tensor, x: Tensor, indices: Tensor, weight_size: Ints, *where: Any
-) -> Tensor:
-    examples = indices[0]
-    gs, xs = grad.index_select(0, examples), x.index_select(0, examples)
-    return dense._grad_weight(gs, xs, weight_size, *where)
-
-
-def _conv_flops(x: Ints, w: Ints, indices: Ints, *_: Any, out_shape: Any = (), **__: Any) -> int:
-    return dense.conv_flops(out_shape, [w[0], indices[1], *w[2:]])
-
-
-def _conv_grad_input_flops(grad: Ints, w: Ints, indices: Ints, *_: Any, **__: Any) -> int:
-    return dense.conv_flops(grad, [w[0], indices[1], *w[2:]])
-
-
-def _conv_grad_weight_flops(
-    xs: Ints, grad: Ints, indices: Ints, weight_size: Ints, *_: Any, **__: Any
-) -> int:
-    return dense.conv_flops(grad, [weight_size[0], indices[1], *weight_size[2:]])
-
-
-def _conv_input_flops(grad: Ints, w: Ints, indices: Ints, *_: Any, **__: Any) -> int:
-    return dense.conv_flops([grad[0], indices[0] * indices[1], *grad[2:]], w)
-
-
-def _conv_weight_flops(
-    grad: Ints, x: Ints, indices: Ints, weight_size: Ints, *_: Any, **__: Any
-) -> int:
-    return dense.conv_flops([indices[1], *grad[1:]], weight_size)
-
-
-sampled_conv = define(
-    f"sampled_conv(Tensor x, Tensor w, Tensor indices, Tensor? bias, {dense.GEOMETRY}) -> Tensor",
-    _sampled_conv,
-    _sampled_conv,
-    _conv_flops,
-)
-sampled_conv_grad_input = define(
-    "sampled_conv_grad_input(Tensor grad, Tensor w, Tensor indices, SymInt[] input_size, "
-    f"{dense.GEOMETRY}) -> Tensor",
-    _sampled_conv_grad_input,
-    _sampled_conv_grad_input,
-    _conv_grad_input_flops,
-)
-sampled_conv_grad_weight = define(
-    "sampled_conv_grad_weight(Tensor xs, Tensor grad, Tensor indices, SymInt[] weight_size, "
-    f"{dense.GEOMETRY}) -> Tensor",
-    _sampled_conv_grad_weight,
-    _sampled_conv_grad_weight,
-    _conv_grad_weight_flops,
-)
-sampled_conv_input = define(
-    "sampled_conv_input(Tensor grad, Tensor w, Tensor indices, SymInt[] input_size, "
-    f"{dense.GEOMETRY}) -> Tensor",
-    _sampled_conv_input,
-    _sampled_conv_input,
-    _conv_input_flops,
-)
-sampled_conv_weight = define(
-    "sampled_conv_weight(Tensor grad, Tensor x, Tensor indices, SymInt[] weight_size, "
-    f"{dense.GEOMETRY}) -> Tensor",
-    _sampled_conv_weight,
-    _sampled_conv_weight,
-    _conv_weight_flops,
-)
-
-# --- exact derivatives given the indices, for those who call the ops eagerly
+# --- exact derivatives given indices and scale, for those who call the ops eagerly
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, indices, *rest = inputs
-    ctx.rest = rest[1:]  # after the bias
-    ctx.save_for_backward(x, w, indices)
+    x, w, indices, *_, scale, rest = inputs
+    ctx.rest = rest
+    ctx.save_for_backward(x, w, indices, scale)
 
 
 def _backward_mm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, w, indices = ctx.saved_tensors
-    need_x, need_w, _, need_bias = ctx.needs_input_grad
-    return (
-        sampled_mm_grad_input(grad, w, indices) if need_x else None,
-        sampled_mm_grad_weight(columns(x, indices), grad, indices, w.shape[0], False)
-        if need_w
-        else None,
-        None,
-        grad.sum(0) if need_bias else None,
-    )
+    x, w, indices, scale = ctx.saved_tensors
+    need_x, need_w, _, need_bias, *_ = ctx.needs_input_grad
+    gx = gw = None
+    if need_x:
+        gx = sampled_mm_grad_input(grad, w, indices, scale, ctx.rest)
+    if need_w:
+        xs = left_pairs(x, indices, scale, ctx.rest)
+        gw = sampled_mm_grad_weight(xs, grad, indices, w.shape[0], False, ctx.rest)
+    return gx, gw, None, grad.sum(0) if need_bias else None, None, None
 
 
 def _backward_bmm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, w, indices = ctx.saved_tensors
-    need_x, need_w, _ = ctx.needs_input_grad
-    xs = batch_columns(x, indices)
-    return (
-        sampled_bmm_grad_input(grad, w, indices) if need_x else None,
-        sampled_bmm_grad_weight(xs, grad, indices, w.shape[1]) if need_w else None,
-        None,
-    )
-
-
-def _backward_conv(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, w, indices = ctx.saved_tensors
-    need_x, need_w, _, need_bias, *_ = ctx.needs_input_grad
-    xs = input_channels(x, indices)
-    others = [d for d in range(grad.dim()) if d != 1]
-    return (
-        sampled_conv_grad_input(grad, w, indices, x.shape, *ctx.rest) if need_x else None,
-        sampled_conv_grad_weight(xs, grad, indices, w.shape, *ctx.rest) if need_w else None,
-        None,
-        grad.sum(others) if need_bias else None,
-        *[None] * 4,
-    )
+    x, w, indices, scale = ctx.saved_tensors
+    need_x, need_w, *_ = ctx.needs_input_grad
+    gx = gw = None
+    if need_x:
+        gx = sampled_bmm_grad_input(grad, w, indices, scale, ctx.rest)
+    if need_w:
+        xs = left_pairs(x, indices, scale, ctx.rest)
+        gw = sampled_bmm_grad_weight(xs, grad, indices, w.shape[1], ctx.rest)
+    return gx, gw, None, None, None
 
 
 differentiate(sampled_mm, _setup, _backward_mm)
 differentiate(sampled_bmm, _setup, _backward_bmm)
-differentiate(sampled_conv, _setup, _backward_conv)

@@ -45,6 +45,12 @@ def picked(rows, size, k):
     return torch.stack(drawn).to(torch.int64)
 
 
+def variants(indices, dtype):
+    """Nothing, a scale, a pair for the rest."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (None, False), (torch.rand(indices.shape).to(wide), False), (None, True)
+
+
 def matrix_calls(dtype, layout):
     """Calls of the ops on matrices: odd sizes, and nothing along each axis in turn."""
     for m, k, n in [(5, 8, 7), (1, 4, 1), (0, 8, 7), (5, 0, 7), (5, 8, 0)]:
@@ -58,16 +64,27 @@ def matrix_calls(dtype, layout):
         for b in (None, bias):
             yield name, ops.nm_mm, (x, w, b, 2, 4, 0, False)
             yield name, ops.masked_mm, (x, w, mask, b)
-            yield name, ops.sampled_mm, (x, w, indices, b)
+            for pairs in variants(indices, dtype):
+                yield name, ops.sampled_mm, (x, w, indices, b, *pairs)
         yield name, ops.nm_mm, (x, square, None, 1, 3, 1, False)
         yield name, ops.nm_mm, (x, square, None, 2, 4, 0, True)
         yield name, ops.nm_mask, (w, 2, 4, 0, False)
         yield name, ops.nm_mask, (square, 2, 4, 0, True)
-        yield name, ops.sampled_mm_grad_input, (grad, w, indices)
-        for turned in (False, True):
-            call = (x[:, :few], grad, indices, k, turned)
-            yield name, ops.sampled_mm_grad_weight, call
-        yield name, ops.gather_columns, (x, indices)
+        tokens = picked(1, m, min(2, m))[0]
+        for pairs in variants(indices, dtype):
+            yield name, ops.sampled_mm_grad_input, (grad, w, indices, *pairs)
+            yield name, ops.gather_columns, (x, indices, *pairs)
+        for pairs in variants(tokens, dtype):
+            yield name, ops.gather_rows, (x, tokens, *pairs)
+        for turned, rest in itertools.product((False, True), repeat=2):
+            xs = (
+                x[:, : few + rest]
+                if few + rest <= k
+                else ops.gather_columns(x, indices, None, rest)
+            )
+            yield name, ops.sampled_mm_grad_weight, (xs, grad, indices, k, turned, rest)
+            xs = ops.gather_rows(x, tokens, None, rest)
+            yield name, ops.sampled_mm_weight, (xs, grad, tokens, turned, rest)
         for scores in ("product", "left", "right"):
             yield name, ops.topk_mm_indices, (x, w, few, scores)
         yield name, ops.topk_mm_indices, (x, w, 0, "product")
@@ -80,10 +97,17 @@ def batched_calls(dtype, layout):
         x, w, grad = (laid_out(shape, dtype, layout) for shape in shapes)
         few = min(3, k)
         indices = picked(b, k, few) if b else torch.zeros(0, few, dtype=torch.int64)
-        yield name, ops.sampled_bmm, (x, w, indices)
-        yield name, ops.sampled_bmm_grad_input, (grad, w, indices)
-        yield name, ops.sampled_bmm_grad_weight, (x[:, :, :few], grad, indices, k)
-        yield name, ops.gather_columns, (x, indices)
+        tokens = picked(b, m, min(2, m)) if b else torch.zeros(0, 2, dtype=torch.int64)
+        for drawn in (indices, indices[:1]) if b > 1 else (indices,):  # [1, k]: shared
+            for pairs in variants(drawn, dtype):
+                yield name, ops.sampled_bmm, (x, w, drawn, *pairs)
+                yield name, ops.sampled_bmm_grad_input, (grad, w, drawn, *pairs)
+                yield name, ops.gather_columns, (x, drawn, *pairs)
+            for rest in (False, True):
+                xs = ops.gather_columns(x, drawn, None, rest)
+                yield name, ops.sampled_bmm_grad_weight, (xs, grad, drawn, k, rest)
+                xs = ops.gather_rows(x, tokens, None, rest)
+                yield name, ops.sampled_bmm_weight, (xs, grad, tokens, rest)
         yield name, ops.topk_mm_indices, (x, w, few, "product")
 
 
@@ -95,11 +119,11 @@ def convolution_calls(dtype, layout):
         grad = laid_out(y.shape, dtype, layout)
         inner, outer = picked(groups, w_shape[1], 3), picked(groups, w_shape[0] // groups, 2)
         examples = picked(1, x_shape[0], min(2, x_shape[0]))
-        channels = ops.gather_channels(x, inner)
         for b in (None, bias):
             yield name, ops.nm_conv, (x, w, b, *where, *PATTERN)
             yield name, ops.masked_conv, (x, w, mask, b, *where)
-            yield name, ops.sampled_conv, (x, w, inner, b, *where)
+            for pairs in variants(inner, dtype):
+                yield name, ops.sampled_conv, (x, w, inner, b, *where, *pairs)
         if w_shape[0] % 4 == 0:
             yield name, ops.nm_conv, (x, w, None, *where, 2, 4, 1, True)
             yield name, ops.nm_conv_grad_input, (grad, w, x_shape, *where, 1, 4, 0, False)
@@ -108,11 +132,19 @@ def convolution_calls(dtype, layout):
         yield name, ops.masked_conv_grad_input, (grad, w, mask, x_shape, *where)
         yield name, ops.conv_grad_input, (grad, w, x_shape, *where)
         yield name, ops.conv_grad_weight, (grad, x, w_shape, *where)
-        yield name, ops.gather_channels, (x, inner)
-        yield name, ops.sampled_conv_grad_input, (grad, w, inner, x_shape, *where)
-        yield name, ops.sampled_conv_grad_weight, (channels, grad, inner, w_shape, *where)
-        yield name, ops.sampled_conv_input, (grad, w, outer, x_shape, *where)
-        yield name, ops.sampled_conv_weight, (grad, x, examples, w_shape, *where)
+        for pairs in variants(inner, dtype):
+            yield name, ops.gather_channels, (x, inner, *pairs)
+            yield name, ops.sampled_conv_grad_input, (grad, w, inner, x_shape, *where, *pairs)
+        for rest in (False, True):
+            xs = ops.gather_channels(x, inner, None, rest)
+            yield name, ops.sampled_conv_grad_weight, (xs, grad, inner, w_shape, *where, rest)
+        for pairs in variants(outer, dtype):
+            yield name, ops.sampled_conv_input, (grad, w, outer, x_shape, *where, *pairs)
+        for pairs in variants(examples, dtype):
+            xs = ops.gather_examples(x, examples, *pairs)
+            yield name, ops.gather_examples, (x, examples, *pairs)
+            yield name, ops.sampled_conv_weight, (grad, x, examples, w_shape, *where, *pairs)
+            yield name, ops.sampled_conv_weight, (grad, xs, examples, w_shape, *where, *pairs, True)
         yield name, ops.topk_conv_indices, (x, w, 3, "in", groups, "product")
         yield name, ops.topk_conv_indices, (grad, w, 2, "out", groups, "right")
         yield name, ops.topk_conv_indices, (x, grad, min(2, x_shape[0]), "batch", 1, "left")
