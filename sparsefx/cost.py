@@ -33,7 +33,7 @@ def sparse_flops(site: Site, pattern: Pattern, sampled: Site | None = None) -> i
         return full * pattern.n // pattern.m
     if isinstance(pattern, Sampled):
         depth = compat.size_hint(sampled_depth(sampled or site))
-        return full * pattern.k(depth) // depth if depth else full
+        return full * pattern.size(depth) // depth if depth else full
     if isinstance(pattern, Masked) and site.mask_density is not None:
         return round(full * site.mask_density)
     return full

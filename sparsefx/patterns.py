@@ -175,11 +175,14 @@ class Sampled:
         return min(depth, max(self.min_k, int(self.ratio * depth)))
 
     def size(self, depth: int) -> int:
-        """Return how many pairs are computed: ``k``, and room for what Bernoulli draws beyond."""
+        """Return how many pairs are computed.
+
+        ``k``, with room for what Bernoulli draws beyond it, or one pair that stands for the others.
+        """
         k = self.k(depth)
         if self.estimator == "bernoulli" and k < depth:
             return min(depth, k + k // 8 + 32)  # >= k + 3 * sqrt(k)
-        return k
+        return k + (self.estimator == "topk_mean" and k < depth)
 
     def __str__(self) -> str:
         """Return the short form that reports show."""

@@ -152,6 +152,7 @@ def test_bernoulli_has_room_for_three_deviations(ratio, depth):
     k, size = pattern.k(depth), pattern.size(depth)
     assert size == depth or size >= k + 3 * k**0.5
     assert Sampled(ratio, estimator="systematic").size(depth) == k
+    assert Sampled(ratio, estimator="topk_mean").size(depth) == min(depth, k + 1)
     assert size <= depth
 
 
