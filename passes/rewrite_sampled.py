@@ -26,7 +26,14 @@ from torch.fx import GraphModule, Node
 
 from sparsefx import ops
 from sparsefx.config import Sampled
-from sparsefx.passes.drawing import Drawn, draw_channels, draw_columns, drawn_by, forward_of
+from sparsefx.passes.drawing import (
+    Drawn,
+    draw_channels,
+    draw_columns,
+    drawn_by,
+    forward_of,
+    keep_unless_checkpointed,
+)
 from sparsefx.plan import Plan
 from sparsefx.policy import sampled_exact
 from sparsefx.rewriting import (
@@ -150,7 +157,9 @@ def _save(node: Node, drawn: Drawn, op: object, x: Node, plan: Plan) -> Node:
     """Gather in the forward, right behind the draw, so that the partitioner saves M x k."""
     last = max(found for found in (drawn.indices, drawn.scale) if found is not None)
     like = forward_of(node, plan) or last
-    return emit(like, op, x, drawn.indices, *drawn.pairs(), before=last.next)
+    return keep_unless_checkpointed(
+        emit(like, op, x, drawn.indices, *drawn.pairs(), before=last.next)
+    )
 
 
 # --- a grad_weight whose rows the input alone chooses: in the forward, which saves only these
@@ -169,7 +178,8 @@ def _rows_of_input(
     rows = x if turned else flip(forward, x)
     # the gradient has no say: scores of the left operand alone
     drawn = draw_columns(forward, flip(forward, rows), rows, replace(plan, flipped=False), pattern)
-    return emit(forward, ops.gather_rows, rows, drawn.indices, *drawn.pairs()), drawn
+    xs = emit(forward, ops.gather_rows, rows, drawn.indices, *drawn.pairs())
+    return keep_unless_checkpointed(xs), drawn
 
 
 def _chosen_early(node: Node, plan: Plan, pattern: Sampled) -> Node | None:
@@ -223,6 +233,7 @@ def _conv_grad_weight(draws: Draws, node: Node) -> Node | Skip | None:
     if forward is not None and not is_backward(x) and x < forward:
         drawn = draw_channels(forward, x, x, "batch", 1, plan, pattern)
         xs = emit(forward, ops.gather_examples, x, drawn.indices, *drawn.pairs())
+        xs = keep_unless_checkpointed(xs)
         last = drawn.indices, sizes, *where, drawn.scale, drawn.rest, True
         return emit(node, ops.sampled_conv_weight, grad, xs, *last)
     drawn = draw_channels(node, x, grad, "batch", 1, plan, pattern)

@@ -26,6 +26,7 @@ from sparsefx.ops.gathers import (
     count_of_others,
     left_pairs,
     right_pairs,
+    scaled,
     spread,
 )
 
@@ -129,9 +130,11 @@ def _fake_sampled_mm(x: Tensor, w: Tensor, *_: Any) -> Tensor:
 def _sampled_mm_grad_input(
     grad: Tensor, w: Tensor, indices: Tensor, scale: Tensor | None = None, rest: bool = False
 ) -> Tensor:
-    values = grad @ left_pairs(w.t(), indices, scale)  # [M, k]
-    others = grad @ right_pairs(w, indices, rest)[-1:].t() if rest else None  # [M, 1]
-    return spread(values, indices, w.shape[0], 1, others)
+    ws = right_pairs(w, indices, rest)  # as in the forward, so that it may be shared
+    others = grad @ ws[-1:].t() if rest else None  # [M, 1]
+    ws = ws[:-1] if rest else ws
+    ws = ws if scale is None else scaled(ws, scale.unsqueeze(-1))
+    return spread(grad @ ws.t(), indices, w.shape[0], 1, others)
 
 
 def _fake_sampled_mm_grad_input(grad: Tensor, w: Tensor, *_: Any) -> Tensor:
@@ -265,9 +268,11 @@ def _fake_sampled_bmm(x: Tensor, w: Tensor, *_: Any) -> Tensor:
 def _sampled_bmm_grad_input(
     grad: Tensor, w: Tensor, indices: Tensor, scale: Tensor | None = None, rest: bool = False
 ) -> Tensor:
-    values = torch.bmm(grad, left_pairs(w.mT, indices, scale))  # [B, M, k]
-    others = torch.bmm(grad, right_pairs(w, indices, rest)[:, -1:].mT) if rest else None
-    return batch_spread(values, indices, w.shape[1], 2, others)
+    ws = right_pairs(w, indices, rest)
+    others = torch.bmm(grad, ws[:, -1:].mT) if rest else None
+    ws = ws[:, :-1] if rest else ws
+    ws = ws if scale is None else scaled(ws, scale.unsqueeze(-1))
+    return batch_spread(torch.bmm(grad, ws.mT), indices, w.shape[1], 2, others)
 
 
 def _fake_sampled_bmm_grad_input(grad: Tensor, w: Tensor, *_: Any) -> Tensor:
