@@ -12,6 +12,7 @@ import math
 import pickle
 import tarfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,7 +65,7 @@ def _parse_idx(file: Any, path: Path, rank: int) -> Tensor:
             f"{path}: magic number {int.from_bytes(magic):#010x}, expected {wanted:#010x} (IDX, "
             f"unsigned bytes, {rank} dimension{'s' * (rank > 1)}); is it another file?"
         )
-    sizes = _exactly(file, 4 * rank, path, "the sizes")
+    sizes = _exactly(file, 4 * rank, path, "its list of sizes")
     shape = [int.from_bytes(sizes[i : i + 4]) for i in range(0, 4 * rank, 4)]
     if 0 in shape:
         raise DataError(f"{path}: states the shape {shape}, which is empty")
@@ -81,7 +82,7 @@ def _exactly(file: BinaryIO, count: int, path: Path, what: str) -> bytes:
         out += piece
     if len(out) < count:
         raise DataError(
-            f"{path}: truncated: {what} needs {count} bytes more, {len(out)} are there; {AGAIN}"
+            f"{path}: truncated: {what} needs {count} bytes, {len(out)} are there; {AGAIN}"
         )
     return bytes(out)
 
@@ -128,7 +129,10 @@ def _encode(text: str, how: str) -> bytes:
     return text.encode("latin1")
 
 
-_ALLOWED = {("_codecs", "encode"): _encode} | {
+_ALLOWED = {
+    ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): lambda: b"",  # and empty bytes so
+} | {
     (f"numpy.{core}.{module}" if module else "numpy", name): stand_in
     for core in ("core", "_core")
     for module, name, stand_in in (
@@ -191,21 +195,29 @@ def read_batch(content: bytes, where: str, labels: str, classes: int) -> tuple[T
     return images.view(-1, 3, 32, 32), torch.tensor(y)
 
 
-def read_member(archive: Path, name: str) -> bytes:
-    """Read a file of a tar archive, zipped or not, without unpacking it to disk.
+def read_members(archive: Path, names: Collection[str]) -> dict[str, bytes]:
+    """Read files of a tar archive, zipped or not, in one go and without unpacking it to disk.
+
+    Args:
+        archive: the file.
+        names: of the files, without their folders.
 
     Raises:
-        DataError: for a broken archive, or one without the file.
+        DataError: for a broken archive, or one that lacks a file.
     """
+    found = {}
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                if member.isfile() and Path(member.name).name == name:
+                name = Path(member.name).name
+                if member.isfile() and name in names:
                     file = tar.extractfile(member)
                     assert file is not None  # a plain file has content
-                    return file.read()
+                    found[name] = file.read()
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{archive}: can't be unpacked ({error}); {AGAIN}") from error
     except OSError as error:
         raise DataError(f"{archive}: can't be read ({error})") from error
-    raise DataError(f"{archive}: holds no {name}; {AGAIN}")
+    if missing := [name for name in names if name not in found]:
+        raise DataError(f"{archive}: holds no {', '.join(missing)}; {AGAIN}")
+    return found

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from formats import DataError, read_batch, read_idx, read_member
+from formats import DataError, read_batch, read_idx, read_members
 from torch import Tensor
 
 MNIST = (
@@ -171,17 +171,19 @@ def _read_mnist(folder: Path) -> Images:
 
 def _read_cifar(cifar: Cifar, place: Path) -> Images:
     """Read the batches of a folder or of an archive."""
-
-    def batch(name: str) -> tuple[Tensor, Tensor]:
-        path = place / name
-        if place.is_dir() and not path.is_file():
-            raise DataError(f"{path}: missing")
-        content = path.read_bytes() if place.is_dir() else read_member(place, name)
-        return read_batch(content, str(path), cifar.labels, cifar.classes)
-
-    x, y = zip(*map(batch, cifar.train), strict=True)
+    names = (*cifar.train, cifar.test)
+    if place.is_dir():
+        if missing := [name for name in names if not (place / name).is_file()]:
+            raise DataError(f"{place / missing[0]}: missing")
+        contents = {name: (place / name).read_bytes() for name in names}
+    else:
+        contents = read_members(place, names)
+    parts = [
+        read_batch(contents[name], str(place / name), cifar.labels, cifar.classes) for name in names
+    ]
+    x, y = zip(*parts[:-1], strict=True)
     name = f"CIFAR-{cifar.classes}"
-    images = Images(name, cifar.classes, torch.cat(x), torch.cat(y), *batch(cifar.test))
+    images = Images(name, cifar.classes, torch.cat(x), torch.cat(y), *parts[-1])
     return dataclasses.replace(_standardised(images), varied=True)
 
 
