@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from sparsefx import checks
 from sparsefx.errors import ConfigError
+from sparsefx.schedules import RatioSchedule
+from sparsefx.schedules import RatioSchedule
 
 MAX_M = 32
 
@@ -83,7 +85,8 @@ class Sampled:
 
     Args:
         ratio: share of the reduction axis that is used, ``0 < ratio <= 1``. Needed unless ``mass``
-            is given, beside which it is the largest share.
+            is given, beside which it is the largest share. A ``RatioSchedule`` is the ratio that
+            it stands at: a compiled model changes with it, see there.
         min_k: fewest pairs used, so that narrow layers stay exact.
         estimator: how pairs are chosen from their scores:
 
@@ -117,7 +120,7 @@ class Sampled:
         ConfigError: for values outside these ranges.
     """
 
-    ratio: float | None = None
+    ratio: float | RatioSchedule | None = None
     min_k: int = 1
     estimator: str = "topk"
     scores: str = "product"
@@ -152,7 +155,7 @@ class Sampled:
     def _share(self, key: str) -> None:
         """Check a share and make it a float."""
         value = getattr(self, key)
-        if value is None:
+        if value is None or (key == "ratio" and isinstance(value, RatioSchedule)):
             return
         if not 0 < checks.number("Sampled", key, value) <= 1:
             raise ConfigError(f"Sampled: {key}={value!r} must be in (0, 1]")
@@ -169,10 +172,11 @@ class Sampled:
         The largest scores that hold a share of the sum are never more than that share of the
         pairs, so ``mass`` alone has a bound too.
         """
-        if self.ratio is None:
+        ratio = self.ratio.ratio if isinstance(self.ratio, RatioSchedule) else self.ratio
+        if ratio is None:
             assert self.mass is not None
             return min(depth, max(self.min_k, math.ceil(self.mass * depth)))
-        return min(depth, max(self.min_k, int(self.ratio * depth)))
+        return min(depth, max(self.min_k, int(ratio * depth)))
 
     def size(self, depth: int) -> int:
         """Return how many pairs are computed.
@@ -186,9 +190,10 @@ class Sampled:
 
     def __str__(self) -> str:
         """Return the short form that reports show."""
-        share = f"mass {self.mass:g}" if self.mass is not None else f"{self.ratio:g}"
-        if self.mass is not None and self.ratio is not None:
-            share += f" up to {self.ratio:g}"
+        ratio = self.ratio.ratio if isinstance(self.ratio, RatioSchedule) else self.ratio
+        share = f"mass {self.mass:g}" if self.mass is not None else f"{ratio:g}"
+        if self.mass is not None and ratio is not None:
+            share += f" up to {ratio:g}"
         words = ["sampled", share]
         if self.estimator != "topk":
             words.append(self.estimator.replace("_", " "))
