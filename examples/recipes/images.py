@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from formats import DataError, read_batch, read_idx, read_members
+from cifar import read_batch
+from formats import DataError, read_idx, read_members
 from torch import Tensor
 
 MNIST = (

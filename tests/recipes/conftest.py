@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-MODULES = ("formats", "images", "networks", "training", "digits")
+MODULES = ("formats", "cifar", "images", "networks", "training", "digits")
 
 
 @pytest.fixture(scope="session")

@@ -101,19 +101,19 @@ ARRAY = np.zeros((4, 3072), np.uint8)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (Boom(), "mkdir, which no batch needs"),
-        ([Boom()], "mkdir, which no batch needs"),
-        ({b"data": np.array([None])}, "something other than bytes"),
-        ({b"data": ARRAY.astype(float)}, "something other than bytes"),
-        ({b"data": np.asfortranarray(ARRAY)}, "something other than bytes"),
-        ([1, 2], "a list, expected a dict"),
-        ({}, "expected 'data', an array, and 'labels', a list; it holds nothing"),
-        ({b"data": ARRAY}, "it holds 'data'"),
-        ({b"data": ARRAY, b"labels": 4}, "it holds 'data', 'labels'"),
-        ({b"data": b"x", b"labels": [1]}, "expected 'data', an array"),
+        (Boom(), "a call of posix.mkdir, which no batch needs"),
+        ([Boom()], "a call of posix.mkdir, which no batch needs"),
+        ({b"data": np.array([None]), b"labels": [1]}, "an array of 'O8', not of unsigned bytes"),
+        ({b"data": ARRAY.astype(float), b"labels": [1]}, "an array of 'f8', not of unsigned"),
+        ({b"data": np.asfortranarray(ARRAY), b"labels": [1]}, "whose kind or order is not"),
+        ([1, 2], "a list in the place of a dict"),
+        ({}, "no 'data' among nothing"),
+        ({b"data": ARRAY}, "no 'labels' among 'data'"),
+        ({b"data": ARRAY, b"labels": 4}, "'labels' is 4, expected a list of numbers"),
+        ({b"data": b"x", b"labels": [1]}, "in the place of an array"),
         ({b"data": ARRAY, b"labels": [1, 2]}, "[4, 3072] in 12288 bytes, expected [2, 3072] for"),
         ({b"data": ARRAY[:, :9].copy(), b"labels": [1] * 4}, "[4, 9] in 36 bytes, expected [4, 30"),
-        ({b"data": ARRAY[:0], b"labels": []}, "for its 0 labels, at least one"),
+        ({b"data": ARRAY[:0], b"labels": []}, "'labels' is [], expected a list"),
         ({b"data": ARRAY, b"labels": [1, 2, 3, 10]}, "label 10, expected 0 to 9"),
         ({b"data": ARRAY, b"labels": [1, 2, 3, -1]}, "label -1, expected 0 to 9"),
         ({b"data": ARRAY, b"labels": [1, 2, 3, 1.5]}, "label 1.5, expected 0 to 9"),
@@ -123,7 +123,7 @@ ARRAY = np.zeros((4, 3072), np.uint8)
 def test_a_batch_that_is_none(kit, tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(kit.formats.DataError) as caught:
-        kit.formats.read_batch(pickle.dumps(content, 2), "some/file", "labels", 10)
+        kit.cifar.read_batch(pickle.dumps(content, 2), "some/file", "labels", 10)
     assert str(caught.value).startswith("some/file: ")
     assert message in str(caught.value)
     assert not (tmp_path / "harm").exists()
@@ -149,7 +149,7 @@ WHOLE = pickle.dumps({b"data": ARRAY[:2], b"labels": [3, 7]}, 2)
 )
 def test_damaged_pickles_are_told(kit, content):
     try:
-        x, y = kit.formats.read_batch(content, "here", "labels", 10)
+        x, y = kit.cifar.read_batch(content, "here", "labels", 10)
     except kit.formats.DataError:
         return
     assert x.shape == (len(y), 3, 32, 32)

@@ -60,7 +60,7 @@ def test_cifar_as_python_2_wrote_it(kit, files):
         b"u."
     )  # fmt: skip
     assert np.array_equal(pickle.loads(pickled, encoding="bytes")[b"data"], content[b"data"])
-    x, y = kit.formats.read_batch(pickled, "here", "labels", 10)
+    x, y = kit.cifar.read_batch(pickled, "here", "labels", 10)
     assert np.array_equal(x.numpy().reshape(2, 3072), content[b"data"])
     assert y.tolist() == [3, 7]
 
