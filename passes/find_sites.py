@@ -103,6 +103,7 @@ class _Graph:
             elif _kind(node):
                 self.forwards.append(node)
         self.activations = naming.depending(nodes, {"input"})
+        self.learned = naming.depending(nodes, {"parameter"})
         self.final = _final_products(nodes, set(self.forwards))
         self.by_seq: dict[object, list[Node]] = {}
         for node in self.forwards:
@@ -205,6 +206,8 @@ def _forward_site(node: Node, group: int, graph: _Graph) -> Site:
         depthwise=channels is not None and channels[0] == 1 and channels[2] != 1,
         transposed=transposed,
         is_output=node in graph.final,
+        is_input=weight in ("left", "right")
+        and (right if weight == "left" else left) not in graph.learned,
         has_backward=graph.has_backward,
         opaque=_opaque(node),
     )

@@ -37,6 +37,7 @@ class Site:
         depthwise: convolution with one input channel per group.
         transposed: transposed convolution.
         is_output: the last product on the way to an output of the graph.
+        is_input: a weight times something that depends on no parameter: the model's first layer.
         has_backward: the graph has a backward.
         opaque: why no pass can take the product by itself (fused attention, a grouped product).
         mask: name of the mask that the model applies to the weight; "" where there is none.
@@ -62,6 +63,7 @@ class Site:
     depthwise: bool = False
     transposed: bool = False
     is_output: bool = False
+    is_input: bool = False
     has_backward: bool = True
     opaque: str = ""
     mask: str = ""

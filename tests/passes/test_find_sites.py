@@ -279,6 +279,55 @@ def test_views_lead_to_the_output_arithmetic_does_not():
         assert sites(Out(last), x)[0].is_output is expected
 
 
+class First(nn.Module):
+    """A layer behind what a model may do before it."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.fc, self.before, self.scale = nn.Linear(8, 8), before, nn.Parameter(torch.ones(8))
+        self.table, self.last = nn.Embedding(8, 8), nn.Linear(8, 3)
+        self.register_buffer("mean", torch.ones(8))
+
+    def forward(self, x):
+        return self.last(self.fc(self.before(self, x)).tanh())
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (lambda net, x: x, True),
+        (lambda net, x: (x - net.mean).flip(1).float() / 2, True),
+        (lambda net, x: x * net.scale, False),
+        (lambda net, x: net.table(x.argmax(1)), False),
+        (
+            lambda net, x: torch.nn.functional.batch_norm(x, None, None, net.scale, training=True),
+            False,
+        ),
+    ],
+)
+def test_the_first_layer_reads_what_no_parameter_made(before, expected):
+    found = sites(First(before), torch.randn(5, 8))
+    roles = {role: [s.is_input for s in found if s.role == role] for role in ALL}
+    assert roles["forward"] == [expected, False]
+    assert sum(roles["grad_weight"]) == expected
+
+
+def test_a_weight_on_the_left_and_a_frozen_one_read_inputs_too():
+    class Left(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 8))
+            self.register_buffer("frozen", torch.randn(8, 8))
+
+        def forward(self, x):
+            return (self.w @ x.t()).sum() + (self.w @ x.t() @ (x @ self.frozen)).sum()
+
+    found = [s for s in sites(Left(), torch.randn(5, 8)) if s.role == "forward"]
+    assert [(s.weight, s.is_input) for s in found] == [
+        ("left", True), ("left", True), ("right", True), (None, False),
+    ]  # fmt: skip
+
+
 def test_a_symbolic_batch():
     found = sites(nn.Linear(8, 6), torch.randn(3, 8), dynamic=True)
     (m, n, k) = found[0].shape
