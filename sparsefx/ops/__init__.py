@@ -5,6 +5,15 @@ Importing this package registers the ops in the namespace ``sparsefx`` of the to
 
 from sparsefx.ops._define import NAMESPACE, REFERENCES, has_kernel, is_sparse_op, traceable
 from sparsefx.ops.dense import conv_grad_input, conv_grad_weight
+from sparsefx.ops.draws import (
+    bernoulli_indices,
+    conv_scores,
+    mass_indices,
+    mm_scores,
+    systematic_indices,
+    topk_indices,
+    with_replacement_indices,
+)
 from sparsefx.ops.nm import (
     masked_conv,
     masked_conv_grad_input,
@@ -41,8 +50,10 @@ from sparsefx.ops.sampled_conv import (
 __all__ = [
     "NAMESPACE",
     "REFERENCES",
+    "bernoulli_indices",
     "conv_grad_input",
     "conv_grad_weight",
+    "conv_scores",
     "gather_channels",
     "gather_columns",
     "gather_examples",
@@ -52,6 +63,8 @@ __all__ = [
     "masked_conv",
     "masked_conv_grad_input",
     "masked_mm",
+    "mass_indices",
+    "mm_scores",
     "nm_conv",
     "nm_conv_grad_input",
     "nm_mask",
@@ -69,7 +82,10 @@ __all__ = [
     "sampled_mm_grad_input",
     "sampled_mm_grad_weight",
     "sampled_mm_weight",
+    "systematic_indices",
     "topk_conv_indices",
+    "topk_indices",
     "topk_mm_indices",
     "traceable",
+    "with_replacement_indices",
 ]
