@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,39 @@ def test_quickstart(root: Path):
     assert "MLP, sampled 0.3: fc2 (all three)" in said
     assert "channels per group=1 is not a multiple of m=4" in said  # the report of the CNN
     assert "A quick run: accuracy is not judged." in said
+
+
+def test_recipes(root: Path, tmp_path: Path):
+    """A recipe on files that the user points to; bad arguments are told, not traced."""
+    parts = {"train-images-idx3": (60, 28, 28), "train-labels-idx1": (60,)}
+    parts |= {"t10k-images-idx3": (20, 28, 28), "t10k-labels-idx1": (20,)}
+    for name, shape in parts.items():
+        sizes = bytes((0, 0, 8, len(shape))) + b"".join(size.to_bytes(4) for size in shape)
+        (tmp_path / f"{name}-ubyte").write_bytes(sizes + bytes(i % 10 for i in range(prod(shape))))
+    quickly = ("--epochs", "1", "--codegen", "aot_eager", "--data", str(tmp_path))
+    said = run(root, "recipes", *quickly, "--sampling", "black-box", "--ratio", "0.25")
+    assert "mlp: 0.65 M parameters; MNIST: 60 images of [1, 28, 28]" in said
+    assert "fc1: the rule says Dense()" in said
+    assert "fc3: feeds the model's output (keep_output_dense=True)" in said
+    rows = [line.split("│") for line in said.splitlines() if line.startswith("│")]
+    assert [row[1].strip() for row in rows] == ["dense", "black-box, sampled 0.25"]
+    full, sampled = ([cell.strip() for cell in row[4:7]] for row in rows)
+    assert sampled[1:] == full[1:]
+    assert full[0] == "64.7M"
+    assert sampled[0] in ("45.9M (71%)", "46.0M (71%)")  # 3/4 of fc2's 25 M are left out
+
+    for arguments, told in (
+        (
+            ("--data", str(tmp_path / "gone")),
+            "gone: not a folder; expected train-images-idx3-ubyte",
+        ),
+        ((*quickly, "--batch", "61"), "--batch 61: there are 60 training images; give less"),
+        (("--recipe", "wideresnet", "--depth", "27"), "depth=27: a WideResNet has 6 n + 4 layers"),
+    ):
+        done = start(root, "recipes", *arguments)
+        assert done.returncode == 2, done.stdout
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 GPT = ("--batch", "2", "--context", "32", "--width", "32", "--depth", "1", "--every", "2")
