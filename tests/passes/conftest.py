@@ -20,6 +20,19 @@ from sparsefx.rewriting import INPUT, copy_graph_module
 from sparsefx.testing import PassRun, capture, format_graph, run_pass
 
 
+class Recorder(Interpreter):
+    """Runs a graph and remembers what each op returned."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.seen: dict[Any, list[Any]] = {}
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_function(target, args, kwargs)
+        self.seen.setdefault(target, []).append(result)
+        return result
+
+
 @dataclass
 class Joint:
     """A model's forward and backward in one graph, and the tensors that it is run on."""
@@ -28,6 +41,7 @@ class Joint:
     args: Sequence[Any]
     gm: GraphModule
     tangents: list[Tensor] = field(default_factory=list)
+    seen: dict[Any, list[Any]] = field(default_factory=dict)  # what each op returned, in order
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -79,7 +93,9 @@ class Joint:
             else:
                 values.append(size_hint(node.meta["val"]))
         count = len(values) - len(self.tangents)
-        results = Interpreter(self.gm).run(*values, enable_io_processing=False)
+        recorder = Recorder(self.gm)
+        results = recorder.run(*values, enable_io_processing=False)
+        self.seen = recorder.seen
         gradients = dict(zip(names, results[-count:], strict=False))
         order = [*named, *inputs]
         return results[0], {n: gradients[n] for n in order if gradients.get(n) is not None}
