@@ -101,7 +101,7 @@ class Joint:
         return results[0], {n: gradients[n] for n in order if gradients.get(n) is not None}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def joint() -> Callable[..., Joint]:
     """Capture a model's joint graph: ``joint(model, x, ..., dynamic=None)``."""
 

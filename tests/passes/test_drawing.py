@@ -68,6 +68,58 @@ def differentiated(function, grad, *tensors):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
+# captured once: a test takes a copy with again()
+
+
+@pytest.fixture(scope="module")
+def layer(joint):
+    torch.manual_seed(1)
+    x = (torch.randn(12, 20, dtype=torch.float64) + 0.5).requires_grad_()
+    return joint(nn.Linear(20, 6).double(), x)
+
+
+class Turned(nn.Module):
+    """x @ w, or F.linear(x, w): autograd writes dL/dw the one way or the other."""
+
+    def __init__(self, flipped):
+        super().__init__()
+        self.flipped = flipped
+        shape = (20, 12) if flipped else (12, 20)
+        self.weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+    def forward(self, x):
+        return x @ self.weight if self.flipped else F.linear(x, self.weight)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["linear", "matmul"])
+def turned(joint, request):
+    torch.manual_seed(2)
+    x = torch.randn(14, 20, dtype=torch.float64, requires_grad=True)
+    return joint(Turned(request.param), x)
+
+
+@pytest.fixture(scope="module")
+def batched(joint):
+    torch.manual_seed(4)
+    a = torch.randn(3, 14, 20, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(3, 20, 12, dtype=torch.float64, requires_grad=True)
+    return joint(Product(), a, b)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def image(joint, request):
+    torch.manual_seed(5)
+    model = nn.Conv2d(20, 6, 3, padding=1, stride=2, groups=request.param).double()
+    return joint(model, torch.randn(4, 20, 5, 4, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.fixture(scope="module")
+def signal(joint):
+    torch.manual_seed(6)
+    x = torch.randn(10, 4, 5, dtype=torch.float64, requires_grad=True)
+    return joint(nn.Conv1d(4, 12, 3, padding=1).double(), x)
+
+
 # --- what it writes
 
 
@@ -223,7 +275,7 @@ def test_graph_of_a_convolution(joint, every):
 %10 = gather_examples(%1, %8, %9, False) : float32[2, 8, 6]
 %11 = sampled_conv(%1, %0, %4, None, [1], [0], [1], 2, None, True) : float32[4, 4, 4]
 %12 = sampled_conv_weight(%2, %10, %8, [4, 4, 3], [1], [0], [1], 2, %9, False, True) : float32[4, 4, 3]
-return [%11, %12, None]""",
+return [%11, %12, None]""",  # noqa: E501
     )
 
 
@@ -247,8 +299,8 @@ def test_symbolic_sizes_reach_the_noise_of_the_forward(joint, every):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_what_is_drawn_is_saved_and_noise_is_of_the_forward(joint, every, pattern):
-    found = joint(nn.Linear(16, 10), torch.randn(12, 16, requires_grad=True))
+def test_what_is_drawn_is_saved_and_noise_is_of_the_forward(layer, every, pattern):
+    found = layer.again()
     found.find(every(Dense(), grad_input=pattern, grad_weight=pattern)).run(rewrite_sampled)
     noises = [node for node in found.gm.graph.nodes if node.target is torch.ops.aten.rand.default]
     assert len(noises) == (2 if pattern.random else 0)
@@ -277,11 +329,9 @@ def is_index(node):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_a_sampled_forward_and_its_derivative(joint, every, pattern):
-    torch.manual_seed(1)
-    model = nn.Linear(20, 6).double()
-    x = (torch.randn(5, 20, dtype=torch.float64) + 0.5).requires_grad_()
-    found = joint(model, x).find(every(pattern))
+def test_a_sampled_forward_and_its_derivative(layer, every, pattern):
+    found = layer.again().find(every(pattern))
+    model, [x] = found.model, found.args
     found.run(rewrite_sampled)
     y, gradients = found.values()
     [draw] = drawn(found)
@@ -296,23 +346,12 @@ def test_a_sampled_forward_and_its_derivative(joint, every, pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("flipped", [False, True])
-def test_gradients_of_their_own(joint, every, pattern, flipped):
-    class Turned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            shape = (20, 12) if flipped else (12, 20)
-            self.weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
-
-        def forward(self, x):
-            return x @ self.weight if flipped else F.linear(x, self.weight)
-
-    torch.manual_seed(2)
-    model, x = Turned(), torch.randn(14, 20, dtype=torch.float64, requires_grad=True)
+def test_gradients_of_their_own(turned, every, pattern):
+    model, [x], flipped = turned.model, turned.args, turned.model.flipped
     w = model.weight.detach() if flipped else model.weight.detach().t()  # [20, 12]
     rest = pattern.estimator == "topk_mean"
 
-    found = joint(model, x).find(every(Dense(), grad_input=pattern))
+    found = turned.again().find(every(Dense(), grad_input=pattern))
     found.run(rewrite_sampled)
     y, gradients = found.values()
     torch.testing.assert_close(y, x.detach() @ w)
@@ -322,7 +361,7 @@ def test_gradients_of_their_own(joint, every, pattern, flipped):
         gradients["weight"], x.detach().t() @ grad if flipped else grad.t() @ x.detach()
     )
 
-    found = joint(model, x).find(every(Dense(), grad_weight=pattern))
+    found = turned.again().find(every(Dense(), grad_weight=pattern))
     found.run(rewrite_sampled)
     y, gradients = found.values()
     grad, [draw] = found.tangents[0], drawn(found)
@@ -339,13 +378,11 @@ def test_gradients_of_their_own(joint, every, pattern, flipped):
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_batched_products(joint, every, estimator, shared):
-    torch.manual_seed(3)
-    a = torch.randn(3, 5, 20, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(3, 20, 6, dtype=torch.float64, requires_grad=True)
+def test_batched_products(batched, every, estimator, shared):
+    a, b = batched.args
     pattern = Sampled(0.4, estimator=estimator, shared=shared)
     rest = estimator == "topk_mean"
-    found = joint(Product(), a, b).find(every(pattern))
+    found = batched.again().find(every(pattern))
     found.run(rewrite_sampled)
     y, gradients = found.values()
     [(s, scale)] = drawn(found)
@@ -361,14 +398,12 @@ def test_batched_products(joint, every, estimator, shared):
 
 @pytest.mark.parametrize("scores", ["product", "input"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_gradients_of_a_batched_product_of_their_own(joint, every, estimator, scores):
-    torch.manual_seed(4)
-    a = torch.randn(3, 14, 20, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(3, 20, 12, dtype=torch.float64, requires_grad=True)
+def test_gradients_of_a_batched_product_of_their_own(batched, every, estimator, scores):
+    a, b = batched.args
     pattern = Sampled(0.4, estimator=estimator, scores=scores)
     rest = estimator == "topk_mean"
     for role in ("grad_input", "grad_weight"):
-        found = joint(Product(), a, b).find(every(Dense(), **{role: pattern}))
+        found = batched.again().find(every(Dense(), **{role: pattern}))
         found.run(rewrite_sampled)
         y, gradients = found.values()
         torch.testing.assert_close(y, (a @ b).detach())
@@ -386,13 +421,10 @@ def test_gradients_of_a_batched_product_of_their_own(joint, every, estimator, sc
             torch.testing.assert_close(gb[i], eb)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_convolutions(joint, every, estimator, groups):
-    torch.manual_seed(5)
-    model = nn.Conv2d(20, 6, 3, padding=1, stride=2, groups=groups).double()
-    x = torch.randn(4, 20, 5, 4, dtype=torch.float64, requires_grad=True)
-    found = joint(model, x).find(every(Sampled(0.4, estimator=estimator)))
+def test_convolutions(image, every, estimator):
+    model, [x], groups = image.model, image.args, image.model.groups
+    found = image.again().find(every(Sampled(0.4, estimator=estimator)))
     found.run(rewrite_sampled)
     y, gradients = found.values()
     [(s, scale)] = drawn(found)
@@ -420,12 +452,10 @@ NAMES = ("l_args_0_", "weight", "bias")
 
 @pytest.mark.parametrize("scores", ["product", "input"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_gradients_of_a_convolution_of_their_own(joint, every, estimator, scores):
-    torch.manual_seed(6)
-    model = nn.Conv1d(4, 12, 3, padding=1).double()
-    x = torch.randn(10, 4, 5, dtype=torch.float64, requires_grad=True)
+def test_gradients_of_a_convolution_of_their_own(signal, every, estimator, scores):
+    model, [x] = signal.model, signal.args
     pattern, rest = Sampled(0.4, estimator=estimator, scores=scores), estimator == "topk_mean"
-    dense = joint(model, x)
+    dense = signal
     conv = dict(zip(NAMES, differentiated(
         lambda x, w, b: F.conv1d(x, w, b, padding=1), dense.tangents[0],
         x, model.weight, model.bias)[1:], strict=True))  # fmt: skip
