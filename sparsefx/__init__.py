@@ -16,6 +16,8 @@ from sparsefx.errors import (
 )
 from sparsefx.registration import register_backend
 from sparsefx.report import explain
+from sparsefx.schedules import RatioSchedule
+from sparsefx.variants import ratio_schedules
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,7 @@ __all__ = [
     "MaskError",
     "Masked",
     "PassError",
+    "RatioSchedule",
     "Rule",
     "Sampled",
     "SparseConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "masks",
     "ops",
     "preset",
+    "ratio_schedules",
     "sparsifiers",
 ]
 

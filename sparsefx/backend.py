@@ -17,8 +17,9 @@ from torch.fx import GraphModule
 
 from sparsefx import compat, pipeline
 from sparsefx.capture import Compilation, name_inputs, remember
-from sparsefx.config import SparseConfig, as_config
+from sparsefx.config import SparseConfig
 from sparsefx.errors import ConfigError, SparsefxError
+from sparsefx.variants import Variants, config_of
 
 _OPTIONS = ("config", "inductor")
 
@@ -45,28 +46,46 @@ def sparsefx(
         PassError: under ``strict=True``.
     """
     with compat.shown_to_the_user(SparsefxError):
-        config, patches = read_options(mode, options)
-        record = remember(gm, example_inputs, config)
         wrapper = compat.compile_wrapper()
+        config, patches = read_options(mode, options, wrapper)
+        record = remember(gm, example_inputs, config)
+        # filled last: what Dynamo gives up, to trace it anew, does not get here
+        shelf = [] if wrapper is None else vars(wrapper).setdefault("_sparsefx", [])
+        compiler = functools.partial(_compile, patches)
+        if not config.schedules:
+            compiled = compiler(gm, example_inputs, record)
+            shelf.append(record)
+            return compiled
+        variants = Variants(gm, record, compiler)
+        variants.start(example_inputs)
+        variants.put_on(shelf)
+        return variants
 
-        def rewrite(joint: GraphModule) -> None:
-            name_inputs(joint, record.inputs)
-            record.outcome = pipeline.run(joint, config)
 
-        if config.codegen == "aot_eager":
-            compiled = compat.compile_eagerly(gm, example_inputs, rewrite)
-        else:
-            identity = functools.partial(cache_identity, record, patches)
-            compiled = compat.compile_with_inductor(gm, example_inputs, rewrite, identity, patches)
-        if wrapper is not None:  # what Dynamo gives up, to trace it anew, does not get here
-            wrapper.__dict__.setdefault("_sparsefx", []).append(record)
-        return compiled
+def _compile(
+    patches: dict[str, Any], gm: GraphModule, inputs: Sequence[Any], record: Compilation
+) -> Callable[..., Any]:
+    """Compile a graph as its record says, and write into that what became of it."""
+
+    def rewrite(joint: GraphModule) -> None:
+        name_inputs(joint, record.inputs)
+        record.outcome = pipeline.run(joint, record.config)
+
+    if record.config.codegen == "aot_eager":
+        return compat.compile_eagerly(gm, inputs, rewrite)
+    identity = functools.partial(cache_identity, record, patches)
+    return compat.compile_with_inductor(gm, inputs, rewrite, identity, patches)
 
 
 def read_options(
-    mode: str | None, options: Mapping[str, Any] | None
+    mode: str | None, options: Mapping[str, Any] | None, wrapper: Any = None
 ) -> tuple[SparseConfig, dict[str, Any]]:
     """Return the config and Inductor's options.
+
+    Args:
+        mode: as for Inductor.
+        options: as for the backend.
+        wrapper: the ``torch.compile`` call that they belong to.
 
     Raises:
         ConfigError: for an unknown key or a bad value.
@@ -77,7 +96,7 @@ def read_options(
                 f"options: unknown key {key!r} (value {options[key]!r}); "  # type: ignore[index]
                 f"allowed: {', '.join(_OPTIONS)}"
             )
-    config = as_config((options or {}).get("config"))
+    config = config_of(wrapper, (options or {}).get("config"))
     patches = (options or {}).get("inductor", {})
     if not isinstance(patches, Mapping):
         raise ConfigError(f"options: inductor={patches!r} must be a dict of Inductor's options")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -173,17 +173,29 @@ def trace_again(
         rewrite(joint)
 
     gm = copy_graph_module(record.gm)
+    with compat.retrace(gm) as inputs, in_modes_of(record, inference=False):
+        compat.compile_eagerly(gm, inputs, named, observe)
+
+
+@contextmanager
+def in_modes_of(record: Compilation, inference: bool | None = None) -> Iterator[None]:
+    """Set the modes that a graph was captured under, not those around a later call.
+
+    Args:
+        record: the graph.
+        inference: whether inference mode is on; None: as it was.
+    """
     with ExitStack() as modes:
-        inputs = modes.enter_context(compat.retrace(gm))
-        # the modes of the record, not those around a report that is printed later
-        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(
+            torch.inference_mode(record.inference if inference is None else inference)
+        )
         modes.enter_context(torch.set_grad_enabled(record.grad))
         dtypes = dict(record.autocast)
         for device in ("cpu", "cuda"):
             if device in dtypes or torch.is_autocast_enabled(device):
                 on = device in dtypes
                 modes.enter_context(torch.autocast(device, dtypes.get(device), enabled=on))
-        compat.compile_eagerly(gm, inputs, named, observe)
+        yield
 
 
 def joint_graph(record: Compilation) -> GraphModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -276,6 +277,66 @@ def retrace(gm: GraphModule) -> Iterator[list[Any]]:
         yield inputs
 
 
+# --- compiling a graph again, long after Dynamo gave it
+
+
+def has_symbols(gm: GraphModule) -> bool:
+    """Whether a Dynamo graph has sizes, strides or numbers that are not known when compiling."""
+    symbols = torch.SymInt | torch.SymFloat | torch.SymBool
+    for node in gm.graph.nodes:
+        if node.meta.get("unbacked_bindings"):
+            return True
+        found = node.meta.get("example_value", node.meta.get("val"))
+        if isinstance(found, symbols):
+            return True
+        if node.op == "placeholder" and isinstance(found, Tensor):
+            numbers = [*found.shape]
+            if found.layout == torch.strided:
+                numbers += [*found.stride(), found.storage_offset()]
+            if any(isinstance(number, symbols) for number in numbers):
+                return True
+    return False
+
+
+def copy_sources(gm: GraphModule, copied: GraphModule) -> None:
+    """Tell a copy of a Dynamo graph where its inputs come from: which of them stay in place."""
+    for old, new in zip(gm.graph.nodes, copied.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    if hasattr(gm, "_param_name_to_source"):
+        copied._param_name_to_source = gm._param_name_to_source
+
+
+@contextmanager
+def compiling_later(args: Sequence[Any]) -> Iterator[list[Any]]:
+    """Open what Dynamo opens around a backend, for inputs whose sizes are all fixed.
+
+    Yields fake inputs: a program is compiled for any values, and none is computed with.
+
+    Args:
+        args: inputs of a call, which the guards let pass.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+    from torch._guards import CompileContext, compile_context
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    numbers = random.getstate()
+    with compile_lock, _disable_current_modes(), torch.random.fork_rng(devices):
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        inputs = [
+            mode.from_tensor(arg, static_shapes=True) if isinstance(arg, Tensor) else arg
+            for arg in args
+        ]
+        with tracing(TracingContext(mode)), compile_context(CompileContext(None)):
+            try:
+                yield inputs
+            finally:
+                random.setstate(numbers)
+
+
 # --- errors
 
 
@@ -335,6 +396,24 @@ def wrapper_of(compiled: Any) -> Any:
         if isinstance(found, torch._TorchCompileWrapper):
             return found
     return None
+
+
+def made_by(wrapper: Any, module: str) -> bool:
+    """Whether the backend of a ``torch.compile`` call is defined in a module."""
+    return getattr(getattr(wrapper, "compiler_fn", None), "__module__", "") == module
+
+
+def options_of(wrapper: Any) -> dict[str, Any]:
+    """Return the options of a ``torch.compile`` call."""
+    return dict(wrapper.kwargs.get("options") or {})
+
+
+def tell_apart(wrapper: Any, marks: Sequence[object]) -> None:
+    """Keep Dynamo from running what this ``torch.compile`` call compiled for another one.
+
+    It would for a call whose backend and options are equal. The backend gets ``marks``, too.
+    """
+    wrapper.kwargs = {**wrapper.kwargs, "marks": marks}
 
 
 def is_compiled(thing: Any) -> bool:

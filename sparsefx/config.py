@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsefx import checks
 from sparsefx.errors import ConfigError
 from sparsefx.patterns import NM, Dense, Masked, Pattern, Sampled
+from sparsefx.schedules import RatioSchedule
 
 if TYPE_CHECKING:
     from sparsefx.plan import Site
@@ -98,6 +99,13 @@ class Rule:
                 "forward's pattern"
             )
 
+    def sampled(self) -> Iterator[tuple[str, Sampled]]:
+        """Yield the sampled ones of the three products, by key."""
+        for key in ("forward", "grad_input", "grad_weight"):
+            pattern = getattr(self, key)
+            if isinstance(pattern, Sampled):
+                yield key, pattern
+
     def matches(self, site: Site) -> bool:
         """Return whether this rule speaks about the layer of ``site``."""
         if isinstance(self.match, str):
@@ -167,6 +175,37 @@ class SparseConfig:
         """Return the rules, the default ones where none were given."""
         return _DEFAULT_RULES if self.rules is None else self.rules
 
+    @property
+    def schedules(self) -> tuple[RatioSchedule, ...]:
+        """The schedules that ratios follow, each object once, in the order of the rules."""
+        patterns = [pattern for rule in self.effective_rules() for _, pattern in rule.sampled()]
+        found = [p.ratio for p in patterns if isinstance(p.ratio, RatioSchedule)]
+        return tuple({id(schedule): schedule for schedule in found}.values())
+
+    def resolved(self, ratios: Sequence[float] | None = None) -> SparseConfig:
+        """Return this config with a number in place of every schedule.
+
+        Args:
+            ratios: one for each of ``schedules``; None takes those that they stand at.
+        """
+        schedules = self.schedules
+        if not schedules:
+            return self
+        now = [s.ratio for s in schedules] if ratios is None else ratios
+        known = dict(zip(map(id, schedules), now, strict=True))
+        rules = tuple(
+            dataclasses.replace(
+                rule,
+                **{
+                    key: dataclasses.replace(pattern, ratio=known.get(id(pattern.ratio)))
+                    for key, pattern in rule.sampled()
+                    if isinstance(pattern.ratio, RatioSchedule)
+                },
+            )
+            for rule in self.effective_rules()
+        )
+        return dataclasses.replace(self, rules=rules)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: strings, numbers, booleans, lists, dicts.
 
@@ -186,6 +225,9 @@ class SparseConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> SparseConfig:
         """Build a config from plain data.
 
+        A schedule in it is built anew, at step 0; equal ones become one object, which is stepped
+        once. :func:`sparsefx.ratio_schedules` returns them.
+
         Args:
             data: as :meth:`to_dict` returns it; missing keys take their defaults.
 
@@ -197,7 +239,8 @@ class SparseConfig:
             rules = values["rules"]
             if not isinstance(rules, list | tuple):
                 raise ConfigError(f"SparseConfig: rules={rules!r} must be None or a list of rules")
-            values["rules"] = tuple(_rule_from_dict(rule) for rule in rules)
+            made: _Schedules = {}
+            values["rules"] = tuple(_rule_from_dict(rule, made) for rule in rules)
         passes = values.get("passes", ())
         if not isinstance(passes, list | tuple):
             raise ConfigError(f"SparseConfig: passes={passes!r} must be a list of functions")
@@ -225,7 +268,10 @@ def _pattern_to_dict(pattern: Pattern | None) -> dict[str, Any] | None:
     return {"kind": kind, **dataclasses.asdict(pattern)}
 
 
-def _pattern_from_dict(key: str, data: object) -> Pattern | None:
+_Schedules = dict[RatioSchedule, RatioSchedule]
+
+
+def _pattern_from_dict(key: str, data: object, made: _Schedules) -> Pattern | None:
     if data is None or isinstance(data, Pattern):
         return data
     kind = data.get("kind") if isinstance(data, Mapping) else None
@@ -237,6 +283,9 @@ def _pattern_from_dict(key: str, data: object) -> Pattern | None:
         )
     cls = _PATTERNS[kind]
     values = _known_keys(cls, {k: v for k, v in data.items() if k != "kind"})
+    if cls is Sampled and isinstance(ratio := values.get("ratio"), Mapping):
+        schedule = _build(RatioSchedule, _known_keys(RatioSchedule, ratio))
+        values["ratio"] = made.setdefault(schedule, schedule)
     return _build(cls, values)
 
 
@@ -263,7 +312,7 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     }
 
 
-def _rule_from_dict(data: object) -> Rule:
+def _rule_from_dict(data: object, made: _Schedules) -> Rule:
     if isinstance(data, Rule):
         return data
     values = _known_keys(Rule, data)
@@ -277,7 +326,7 @@ def _rule_from_dict(data: object) -> Rule:
             raise ConfigError(f"Rule: match={match!r} is not {kind}")
     for key in ("forward", "grad_input", "grad_weight"):
         if key in values:
-            values[key] = _pattern_from_dict(key, values[key])
+            values[key] = _pattern_from_dict(key, values[key], made)
     return _build(Rule, values)
 
 
@@ -329,14 +378,15 @@ PRESETS: dict[str, SparseConfig] = {
 
 
 def preset(name: str) -> SparseConfig:
-    """Return the config called ``name``.
+    """Return the config called ``name``; each call gives it schedules of its own.
 
     Raises:
         ConfigError: listing the presets there are.
     """
     if name not in PRESETS:
         raise ConfigError(f"{name!r} is not a preset; there are: {', '.join(PRESETS)}")
-    return PRESETS[name]
+    config = PRESETS[name]
+    return SparseConfig.from_dict(config.to_dict()) if config.schedules else config
 
 
 def as_config(value: object) -> SparseConfig:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from sparsefx import checks
 from sparsefx.errors import ConfigError
 from sparsefx.schedules import RatioSchedule
-from sparsefx.schedules import RatioSchedule
 
 MAX_M = 32
 

@@ -202,7 +202,8 @@ def sampled_exact(site: Site, pattern: Sampled) -> str:
     if not site.has_backward and not pattern.inference:
         return "inference graph: exact unless Sampled(inference=True)"
     depth = sampled_depth(site)
-    if isinstance(depth, int) and pattern.k(depth) == depth:
+    # a ratio of 1 is exact whatever a symbolic size will be
+    if pattern.ratio == 1 or (isinstance(depth, int) and pattern.k(depth) == depth):
         return f"k = K = {depth}: exact"
     return ""
 

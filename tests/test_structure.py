@@ -34,9 +34,11 @@ ARROWS: dict[str, set[str]] = {
     "capture": LEAVES | {"naming", "rewriting"},
     "report": PIPELINE_MAY | {"capture", "pipeline", "kernels"},
     "pipeline": PIPELINE_MAY,
-    "backend": PIPELINE_MAY | {"capture", "pipeline", "kernels"},
+    "variants": LEAVES | {"schedules", "capture", "rewriting"},
+    "backend": PIPELINE_MAY | {"capture", "pipeline", "kernels", "variants"},
     "registration": {"compat", "backend"},
     "onnx": PIPELINE_MAY | {"capture", "pipeline"},
+    "distributed": LEAVES | {"ops", "naming", "rewriting", "capture", "report"},
     "sparsifiers": LEAVES,
     "permutation": LEAVES | {"capture", "naming", "rewriting"},
 }

@@ -107,7 +107,7 @@ def _checked(
     if weights not in WEIGHTS:
         allowed = ", ".join(map(repr, WEIGHTS))
         raise ConfigError(f"export_onnx: weights={weights!r} is not one of {allowed}")
-    settings = as_config(config)
+    settings = as_config(config).resolved()
     if settings.passes:
         names = ", ".join(getattr(f, "__name__", repr(f)) for f in settings.passes)
         raise ExportError(

@@ -37,8 +37,9 @@ def explain(model: Any, *, config: object = None) -> Any:
     asked = as_config(config)
 
     def run(*args: Any, **kwargs: Any) -> Report:
+        now = asked.resolved()  # the ratios that schedules stand at
         with compat.as_written(model) as plain:
-            return Report(record_graphs(plain, asked, args, kwargs), asked)
+            return Report(record_graphs(plain, now, args, kwargs), now)
 
     return run
 
