@@ -59,6 +59,10 @@ def __getattr__(name: str) -> Any:
         from sparsefx import permutation
 
         return getattr(permutation, name)
+    if name == "distributed":
+        import sparsefx.distributed as distributed
+
+        return distributed
     if name == "testing":
         import sparsefx.testing as testing
 

@@ -6,6 +6,7 @@ import ctypes
 import random
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -367,6 +368,8 @@ def shown_to_the_user(kind: type[Exception]) -> Iterator[None]:
 
 # --- who is being compiled
 
+_COMPILED: list[weakref.ref[Any]] = []  # wrappers have no hash
+
 
 def compile_wrapper() -> Any:
     """Return the object behind the running ``torch.compile`` call, or None."""
@@ -374,11 +377,19 @@ def compile_wrapper() -> Any:
     for _ in range(40):
         found = frame.f_locals.get("self")
         if isinstance(found, torch._TorchCompileWrapper):
+            if not any(known() is found for known in _COMPILED):
+                _COMPILED.append(weakref.ref(found))
             return found
         if frame.f_back is None:
             return None
         frame = frame.f_back
     return None
+
+
+def wrappers_like(wrapper: Any) -> list[Any]:
+    """Return what was compiled alike: Dynamo runs the code of one for another, equal, instance."""
+    _COMPILED[:] = [known for known in _COMPILED if known() is not None]
+    return [found for known in _COMPILED if (found := known()) is not None and found == wrapper]
 
 
 def wrapper_of(compiled: Any) -> Any:

@@ -1,0 +1,312 @@
+"""Which slices of which parameters travel: what the compiled graphs say, agreed on by all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefx import compat
+from sparsefx.capture import Compilation
+from sparsefx.config import Sampled
+from sparsefx.distributed.slices import Cut, Slices, slices_of
+from sparsefx.report.graphs import TracedGraph
+
+_NOT_SAMPLED = "no product of it is sampled"
+_DEVICE_INDEX = re.compile(r", index=\d+")  # each rank has its own
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Finds the indices of one product again.
+
+    Attributes:
+        cut: the graph that does it.
+        inputs: the parameters and buffers that it reads.
+        count: how many indices it returns for each group.
+    """
+
+    cut: Cut
+    inputs: tuple[Tensor, ...]
+    count: int
+
+    def __call__(self) -> Tensor:
+        """Return the indices, [count] or [groups, count]."""
+        found: Tensor = self.cut.graph(self.count, *self.inputs)
+        return found
+
+
+@dataclass
+class Sliced:
+    """A parameter of which slices travel.
+
+    Attributes:
+        name: of the parameter.
+        axis: along which it is sliced.
+        groups: parts of axis 0 that have indices of their own.
+        depth: slices of each group.
+        levels: what was compiled for it, each with all that stands before it. A schedule makes
+            several of them; the gradients of a step say which one is needed.
+        expected: whether a compiled graph makes the whole gradient, so that no slices suffice.
+        level: which one is sent; ``len(levels)`` is the whole tensor.
+    """
+
+    name: str
+    axis: int
+    groups: int
+    depth: int
+    levels: list[list[Finder]]
+    expected: bool = False
+    level: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole tensor is sent."""
+        return self.level == len(self.levels)
+
+    def indices(self, level: int) -> Tensor:
+        """Return the slices of a level as positions in [groups * depth]."""
+        found = [self._flat(finder()) for finder in self.levels[level]]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _flat(self, indices: Tensor) -> Tensor:
+        first = torch.arange(self.groups, device=indices.device).unsqueeze(1) * self.depth
+        return (indices.view(self.groups, -1) + first).flatten()
+
+    def describe(self) -> str:
+        """Say what is sent."""
+        sent = [f"{_count(level)} of {self.depth}" for level in self.levels]
+        where = f"along axis {self.axis}" + (" of each group" if self.groups > 1 else "")
+        now = "; in full at present" if self.whole else ""
+        return f"{' or '.join(sent)} slices {where}{now}"
+
+    def signature(self) -> str:
+        """Return what ranks must agree on before they add up these slices."""
+        levels = [[(finder.cut.text, finder.count) for finder in level] for level in self.levels]
+        text = repr((self.axis, self.groups, self.depth, levels, self.expected))
+        return hashlib.sha256(_DEVICE_INDEX.sub("", text).encode()).hexdigest()
+
+
+@dataclass
+class Plan:
+    """What is known of every parameter.
+
+    Attributes:
+        sliced: by the parameter's id.
+        whole: reason by name, of those that are sent in full.
+        known: ids of all parameters.
+        seen: what the plan was made from, to tell when more was compiled.
+    """
+
+    sliced: dict[int, Sliced] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    known: frozenset[int] = frozenset()
+    seen: tuple[object, ...] = ()
+
+    def keep_agreed(self, others: Sequence[Mapping[str, str]]) -> None:
+        """Send in full what another rank sees differently."""
+        for key, entry in list(self.sliced.items()):
+            mine = entry.signature()
+            if any(other.get(entry.name) != mine for other in others):
+                del self.sliced[key]
+                self.whole[entry.name] = "the ranks compiled it differently"
+
+    def signatures(self) -> dict[str, str]:
+        """Return what other ranks compare: a text by parameter."""
+        return {entry.name: entry.signature() for entry in self.sliced.values()}
+
+
+@dataclass
+class Planner:
+    """Makes plans for one model, and reads each compiled graph once.
+
+    Attributes:
+        model: whose parameters are planned for.
+        compiled: functions and modules that were compiled around it.
+    """
+
+    model: nn.Module
+    compiled: Sequence[Any] = ()
+    _read: dict[int, tuple[Compilation, dict[str, Slices | str]]] = field(default_factory=dict)
+
+    def seen(self) -> tuple[object, ...]:
+        """Return what a plan is made from."""
+        return tuple(part for r in self._records() for part in (r, r.outcome, r.config))
+
+    def is_current(self, plan: Plan) -> bool:
+        """Whether nothing was compiled since a plan was made."""
+        seen = self.seen()
+        same = len(seen) == len(plan.seen) and all(map(operator.is_, seen, plan.seen))
+        return same and plan.known == self._known()
+
+    def _known(self) -> frozenset[int]:
+        return frozenset(map(id, self.model.parameters()))
+
+    def plan(self) -> Plan:
+        """Read what was compiled since, and plan."""
+        plan = Plan(known=self._known(), seen=self.seen())
+        tensors = _tensors(self.model)
+        prefixes = list(dict.fromkeys(plain_name(name) for name, _ in self.model.named_modules()))
+        found: dict[int, list[_Found]] = {}
+        for record in self._records():
+            slices = self._slices(record)
+            for known in _places(record, prefixes, tensors):
+                for name, tensor in known.items():
+                    if name in slices:
+                        one = _Found(slices[name], record, known)
+                        found.setdefault(id(tensor), []).append(one)
+        for name, param in self.model.named_parameters():
+            entry = _entry(plain_name(name), param, found.get(id(param), []))
+            if isinstance(entry, str):
+                plan.whole[plain_name(name)] = entry
+            else:
+                plan.sliced[id(param)] = entry
+        return plan
+
+    def _records(self) -> list[Compilation]:
+        """Return the graphs that were compiled for this model, or for another compiled alike."""
+        holders = [*filter(compat.is_compiled, self.model.modules()), *self.compiled]
+        wrappers = [found for holder in holders if (found := compat.wrapper_of(holder)) is not None]
+        alike = [other for wrapper in wrappers for other in compat.wrappers_like(wrapper)]
+        records = [record for wrapper in alike for record in getattr(wrapper, "_sparsefx", ())]
+        return list({id(record): record for record in records}.values())
+
+    def _slices(self, record: Compilation) -> dict[str, Slices | str]:
+        known = self._read.get(id(record))
+        if known is None or known[0] is not record:
+            known = self._read[id(record)] = record, _read(record)
+        return known[1]
+
+
+# --- whose parameters a graph names
+
+
+def plain_name(name: str) -> str:
+    """Return a name without what compiling put into it."""
+    return name.replace("_orig_mod.", "").removesuffix("_orig_mod")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_buffers(remove_duplicate=False))
+    return {plain_name(name): tensor for name, tensor in named.items()}
+
+
+def _places(
+    record: Compilation, prefixes: Sequence[str], tensors: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Find the modules that a graph may have been compiled for: all its names and shapes fit.
+
+    Behind a graph break, names begin at an inner module, and one graph serves all its instances.
+    """
+    shapes = _shapes(record)
+    for prefix in prefixes if shapes else ():
+        start = f"{prefix.rstrip('.')}." if prefix else ""
+        known = {name: tensors.get(start + name) for name in shapes}
+        if all(t is not None and t.shape == shapes[name] for name, t in known.items()):
+            yield {name: tensor for name, tensor in known.items() if tensor is not None}
+
+
+def _shapes(record: Compilation) -> dict[str, torch.Size]:
+    """Return the shapes of a graph's parameters and buffers."""
+    placeholders = record.gm.graph.find_nodes(op="placeholder")
+    pairs = zip(record.inputs, placeholders, strict=True)
+    values = {k.name: n.meta.get("example_value") for k, n in pairs if k.kind != "input"}
+    return {name: found.shape for name, found in values.items() if isinstance(found, Tensor)}
+
+
+# --- one graph
+
+
+def _read(record: Compilation) -> dict[str, Slices | str]:
+    """Trace a graph again, where a forward in it is sampled, and read its slices."""
+    nothing: dict[str, Slices | str] = {
+        known.name: _NOT_SAMPLED for known in record.inputs if known.kind == "parameter"
+    }
+    if not record.grad or record.inference:
+        return {}
+    if record.outcome is not None and not any(map(_samples, record.outcome.plans)):
+        return nothing
+    trace = TracedGraph(record).trace
+    done = [graph for name, graph in trace.stages if name == "cleanup"]
+    if not trace.joint:
+        return {}
+    return nothing | (slices_of(done[-1], trace.results) if done else {})
+
+
+def _samples(plan: Any) -> bool:
+    decision = plan.decision
+    return decision is not None and isinstance(decision.pattern, Sampled) and decision.derived
+
+
+# --- one parameter
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one graph says of a parameter, and which tensors it calls by which name."""
+
+    slices: Slices | str
+    record: Compilation
+    tensors: Mapping[str, Tensor]
+
+
+def _entry(name: str, param: Tensor, found: Sequence[_Found]) -> Sliced | str:
+    """Merge what all graphs say of a parameter; a reason where slices are of no use."""
+    if type(param) not in (Tensor, nn.Parameter):
+        return f"it is a {type(param).__name__}"
+    reasons = [one.slices for one in found if isinstance(one.slices, str)]
+    sliced = [one for one in found if not isinstance(one.slices, str)]
+    places = {(one.slices.axis, one.slices.groups) for one in sliced}  # type: ignore[union-attr]
+    if len(places) != 1:
+        return "it is sampled along two axes" if places else (reasons or [_NEVER_COMPILED])[0]
+    ((axis, groups),) = places
+    depth = param.shape[axis]
+    levels = _levels(sliced)
+    useful = [level for level in levels if _count(level) < depth]
+    if not useful:
+        return f"{_count(levels[0])} of {depth} slices are all of it"
+    expected = bool(reasons) or len(useful) < len(levels)
+    return Sliced(name, axis, groups, depth, useful, expected)
+
+
+_NEVER_COMPILED = "no compiled graph computes its gradient"
+
+
+def _levels(found: Sequence[_Found]) -> list[list[Finder]]:
+    """Finders of all graphs, from few slices to many, each with all before it."""
+    each = [[_finder(cut, one) for cut in one.slices.cuts] for one in found]  # type: ignore[union-attr]
+    levels: list[list[Finder]] = []
+    for finders in sorted(each, key=lambda finders: (_count(_largest(finders)), _texts(finders))):
+        level = _largest([*(levels[-1] if levels else []), *finders])
+        if not levels or _texts(level) != _texts(levels[-1]):
+            levels.append(level)
+    return levels
+
+
+def _finder(cut: Cut, found: _Found) -> Finder:
+    # Inductor adds up norms in another order, so that two that are nearly equal may change places
+    spare = 1 if found.record.config.codegen == "inductor" else 0
+    return Finder(cut, tuple(found.tensors[name] for name in cut.names), cut.k + spare)
+
+
+def _largest(finders: Sequence[Finder]) -> list[Finder]:
+    """Of finders that differ in their count alone the largest: the k largest scores are nested."""
+    by_text: dict[str, Finder] = {}
+    for finder in sorted(finders, key=lambda finder: (finder.cut.text, finder.count)):
+        by_text[finder.cut.text] = finder
+    return list(by_text.values())
+
+
+def _count(finders: Sequence[Finder]) -> int:
+    return sum(finder.count for finder in finders)
+
+
+def _texts(finders: Sequence[Finder]) -> list[tuple[str, int]]:
+    return [(finder.cut.text, finder.count) for finder in finders]
