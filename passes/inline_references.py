@@ -13,6 +13,7 @@ Keeps    values, shapes, provenance.
 """
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
@@ -70,7 +71,8 @@ def inline_references(gm: GraphModule) -> PassResult:
 
 
 def _opaque(node: Node) -> str:
-    if ops.has_kernel(node.target, value(node).device.type):
+    device = next(value(n).device for n in node.all_input_nodes if isinstance(value(n), Tensor))
+    if ops.has_kernel(node.target, device.type):
         return "the device has a kernel"
     if not ops.traceable(node.target, node.args):
         return "the reference loops over values"

@@ -379,8 +379,21 @@ def inline(node: Node, traced: Traced | None = None) -> None:
         else:
             args, kwargs = map_arg((inner.args, inner.kwargs), lambda n: env[n])
             env[inner] = emit(node, inner.target, *args, **kwargs)
-    node.replace_all_uses_with(out)
+    if isinstance(out, Node):
+        node.replace_all_uses_with(out)
+    else:
+        _replace_results(node, out)
     node.graph.erase_node(node)
+
+
+def _replace_results(node: Node, results: Sequence[Node]) -> None:
+    """Put several results in the place of what reads each of them, and of what it is told to do."""
+    for reader in list(node.users):
+        result = results[reader.args[1]]  # type: ignore[index]  # users are getitem(node, place)
+        if "recompute" in reader.meta:
+            result.meta["recompute"] = reader.meta["recompute"]
+        reader.replace_all_uses_with(result)
+        reader.graph.erase_node(reader)
 
 
 def _symbolic_or_tensor(args: Any) -> list[Node]:
