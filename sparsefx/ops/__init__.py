@@ -7,11 +7,11 @@ from sparsefx.ops._define import NAMESPACE, REFERENCES, has_kernel, is_sparse_op
 from sparsefx.ops.dense import conv_grad_input, conv_grad_weight
 from sparsefx.ops.draws import (
     bernoulli_indices,
-    conv_scores,
     mass_indices,
-    mm_scores,
     systematic_indices,
+    topk_conv_indices,
     topk_indices,
+    topk_mm_indices,
     with_replacement_indices,
 )
 from sparsefx.ops.nm import (
@@ -34,8 +34,6 @@ from sparsefx.ops.sampled import (
     sampled_mm_grad_input,
     sampled_mm_grad_weight,
     sampled_mm_weight,
-    topk_conv_indices,
-    topk_mm_indices,
 )
 from sparsefx.ops.sampled_conv import (
     gather_channels,
@@ -46,6 +44,7 @@ from sparsefx.ops.sampled_conv import (
     sampled_conv_input,
     sampled_conv_weight,
 )
+from sparsefx.ops.scores import conv_scores, mm_scores
 
 __all__ = [
     "NAMESPACE",

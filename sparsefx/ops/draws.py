@@ -1,186 +1,173 @@
-"""Which pairs of a product are used: their scores, and what draws from them.
+"""Which pairs of a product are used: S, and what scales it (Adelman et al., NeurIPS 2021).
 
-    mm_scores(x, w, scores)            norms of the pairs of x[*, M, K] @ w[*, K, N]
-    conv_scores(x, w, axis, ...)       those of a convolution's channels or examples
-    topk_indices, mass_indices         the largest
-    systematic_indices, bernoulli_indices, with_replacement_indices      at random, with a scale
+    topk_mm_indices(x, w, k, scores)                the k largest, unscaled; of equals the earlier
+    topk_conv_indices(x, w, k, axis, groups, scores)
+    topk_indices(scores, k)                         the same from scores
+    mass_indices(scores, k, least, mass)            the fewest that hold a share; the others scale 0
+    systematic_indices(scores, noise[*, 1], k)                  exactly k
+    bernoulli_indices(scores, noise[*, K], k, size)             each on its own
+    with_replacement_indices(scores, noise[*, k], k)            k draws, merged
 
-Indices are int64, ascending and unique; a scale of 0 marks a place that is not used.
+Scores are [*, K]; indices int64 [*, k], ascending and unique, so that gathers read forwards; a
+scale is 0 at a place that is not used. Noise is uniform in [0, 1): given it, all of these are
+functions. Sizes are fixed and nothing branches on values. A pair whose score is not finite is
+taken, so that it shows itself.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsefx.ops._define import define
-from sparsefx.ops.sampled import _largest, _squares, _squares_across
+from sparsefx.ops.scores import combined, conv_squares, squares_across
 
-ROWS = 32
+Pair = tuple[Tensor, Tensor]
 
-
-def _wide(x):
-    return x if x.dtype == torch.float64 else x.float()
+# --- the largest
 
 
-def _combine(left, right, scores):
-    if scores == "left":
-        return left.sqrt()
-    if scores == "right":
-        return right.sqrt()
-    return left.sqrt() * right.sqrt()
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest along the last axis, ascending; of equals the earlier."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True)[1]
+    return torch.sort(order.narrow(-1, 0, k), dim=-1)[0]
 
 
-def _mm_scores(x, w, scores, centred=False, shared=False):
-    if scores == "uniform":
-        out = torch.ones(
-            [*x.shape[:-2], x.shape[-1]], dtype=_wide(x.new_empty(())).dtype, device=x.device
-        )
-    else:
-        if scores == "estimated":
-            x, w = x[..., :ROWS, :], w[..., :ROWS]
-        if centred:
-            x, w = (
-                _wide(x) - _wide(x).mean(-1, keepdim=True),
-                _wide(w) - _wide(w).mean(-2, keepdim=True),
-            )
-        out = _combine(_squares_across(x, -2), _squares_across(w, -1), scores)
-        if scores == "estimated":
-            out = out + 0.1 * out.mean(-1, keepdim=True)
-    if shared and out.dim() == 2:
-        out = out.square().sum(0, keepdim=True).sqrt()
-    return out
+def _fake_indices(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], k), dtype=torch.int64)
 
 
-def _conv_scores(x, w, axis, groups, scores, centred=False):
-    if axis == "batch":
-        lx, rx = x.unsqueeze(0), w.unsqueeze(0)
-        lx, rx = lx.flatten(2), rx.flatten(2)
-    else:
-        lx = x.unflatten(1, (groups, -1)).movedim((1, 2), (0, 1)).flatten(2)
-        ww = w.unflatten(0, (groups, -1))
-        rx = (ww.movedim(2, 1) if axis == "in" else ww).flatten(2)
-    if scores == "uniform":
-        return torch.ones(lx.shape[:2], dtype=_wide(x.new_empty(())).dtype, device=x.device)
-    if scores == "estimated":
-        lx, rx = lx[..., :ROWS], rx[..., :ROWS]
-    lx, rx = _wide(lx), _wide(rx)
-    if centred:
-        lx, rx = lx - lx.mean(1, keepdim=True), rx - rx.mean(1, keepdim=True)
-    out = _combine(_squares(lx, [-1]), _squares(rx, [-1]), scores)
-    if scores == "estimated":
-        out = out + 0.1 * out.mean(-1, keepdim=True)
-    return out
+def _topk_mm(x: Tensor, w: Tensor, k: int, scores: str) -> Tensor:
+    return _largest(combined(squares_across(x, -2), squares_across(w, -1), scores), k)
 
 
-def inclusion(scores, k):
+def _fake_topk_mm(x: Tensor, w: Tensor, k: int, scores: str) -> Tensor:
+    return x.new_empty((*x.shape[:-2], k), dtype=torch.int64)
+
+
+def _topk_conv(x: Tensor, w: Tensor, k: int, axis: str, groups: int, scores: str) -> Tensor:
+    return _largest(combined(*conv_squares(x, w, axis, groups), scores), k)
+
+
+def _fake_topk_conv(x: Tensor, w: Tensor, k: int, axis: str, groups: int, scores: str) -> Tensor:
+    return x.new_empty((1 if axis == "batch" else groups, k), dtype=torch.int64)
+
+
+def _mass(scores: Tensor, k: int, least: int, mass: float) -> Pair:
+    order = torch.sort(scores, dim=-1, descending=True, stable=True)[1]
+    total = scores.gather(-1, order).double().cumsum(-1)
+    before = torch.nn.functional.pad(total, (1, 0)).narrow(-1, 0, scores.shape[-1])
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    used = (before < mass * total.narrow(-1, -1, 1)) if scores.shape[-1] else before.bool()
+    scale = torch.zeros_like(scores).scatter(-1, order, (used | (rank < least)).to(scores.dtype))
+    indices = torch.sort(order.narrow(-1, 0, k), dim=-1)[0]
+    return indices, scale.gather(-1, indices)
+
+
+# --- at random
+
+
+def inclusion(scores: Tensor, k: int) -> Tensor:
+    """Probabilities min(1, c * score) that sum to k: [*, K], float64.
+
+    Water-filling: with scores falling, the first t of them are certain for the smallest t at which
+    s_t * (k - t) <= sum of s from t on. Where fewer than k scores are not 0, the others share the
+    remaining places evenly: their products are 0, whatever scales them.
+    """
     s = scores.double()
-    bad = ~torch.isfinite(s)
-    s = torch.where(bad.any(-1, keepdim=True), bad.double(), s)
-    s = torch.where((s > 0).any(-1, keepdim=True), s, 1.0)
-    s = s / s.amax(-1, keepdim=True).clamp_min(1e-300) if s.shape[-1] else s
-    order = torch.sort(s, dim=-1, descending=True)[0]
-    tails = order.flip(-1).cumsum(-1).flip(-1)
+    wild = ~torch.isfinite(s)
+    s = torch.where(wild.any(-1, keepdim=True), wild.double(), s)
+    falling = torch.sort(s, dim=-1, descending=True)[0]
+    tail = falling.flip(-1).cumsum(-1).flip(-1)  # sums of what is not larger
     t = torch.arange(s.shape[-1], device=s.device)
-    free = (order * (k - t) <= tails) | (t >= k)
-    clipped = (~free).sum(-1, keepdim=True)
-    tail = torch.where(t >= clipped, order, 0.0).sum(-1, keepdim=True)
-    c = torch.where(tail > 0, (k - clipped) / tail, 1e300)
-    return torch.clamp(s * c, max=1.0)
+    certain = (falling * (k - t) > tail) & (t < k)
+    count = certain.sum(-1, keepdim=True)
+    rest = torch.where(t < count, 0.0, falling).sum(-1, keepdim=True)
+    p = torch.where(rest > 0, s * ((k - count) / rest), torch.where(s > 0, 1.0, 0.0)).clamp(max=1.0)
+    none = p == 0
+    spare = (k - p.sum(-1, keepdim=True)) / none.sum(-1, keepdim=True)
+    spare = torch.where(spare > 1e-9, spare, 0.0)  # the sum is k up to rounding
+    return torch.where(none, spare.clamp(max=1.0), p)
 
 
-def _scale(values, scores):
-    return values.to(scores.dtype)
+def _inverse(p: Tensor) -> Tensor:
+    return torch.where(p > 0, 1 / p, 0.0)
 
 
-def _systematic(scores, noise, k):
+def _systematic(scores: Tensor, noise: Tensor, k: int) -> Pair:
+    """Points u, u + 1, ... on the line on which every pair takes its probability's length."""
     p = inclusion(scores, k)
-    depth = p.shape[-1]
-    total = p.cumsum(-1)
     j = torch.arange(k, device=p.device)
-    at = torch.searchsorted(total, noise.double() + j, right=True)
-    at = torch.cummax(at - j, -1)[0] + j if k else at
-    at = torch.minimum(at, depth - k + j)
-    chosen = p.gather(-1, at)
-    return at, _scale(torch.where(chosen > 0, 1 / chosen, 0.0), scores)
+    ends = p.cumsum(-1)
+    points = (noise.double() + j) * (ends.narrow(-1, -1, 1) / k if k else 1.0)  # below the last end
+    found = torch.searchsorted(ends, points, right=True)
+    if k:  # rounding must neither repeat a pair nor leave the line
+        found = torch.cummax(found - j, -1)[0] + j
+        found = torch.minimum(found, p.shape[-1] - k + j)
+    return found, _inverse(p.gather(-1, found)).to(scores.dtype)
 
 
-def _fake_pair(scores, noise, k, size=None):
-    shape = [*scores.shape[:-1], k if size is None else size]
-    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
+def _bernoulli(scores: Tensor, noise: Tensor, k: int, size: int) -> Pair:
+    """A pair is drawn where u / p < 1; given that, u / p is uniform: it thins out what overflows.
 
-
-def _bernoulli(scores, noise, k, size):
+    With more than ``size`` drawn, the ``size`` smallest u / p stay and are scaled by count / size:
+    a uniform subset of what was drawn, so that all is exactly unbiased.
+    """
     p = inclusion(scores, k)
     keys = torch.where(p > 0, noise.double() / p, torch.inf)
     count = (keys < 1).sum(-1, keepdim=True)
     order = torch.sort(keys, dim=-1, stable=True)[1].narrow(-1, 0, size)
-    at = torch.sort(order, dim=-1)[0]
-    thin = torch.clamp(count / max(size, 1), min=1.0)
-    used = keys.gather(-1, at) < 1
-    return at, _scale(torch.where(used, thin / p.gather(-1, at), 0.0), scores)
+    indices = torch.sort(order, dim=-1)[0]
+    thinned = (count / torch.sym_max(size, 1)).clamp(min=1.0)
+    scale = thinned * _inverse(p.gather(-1, indices))
+    return indices, torch.where(keys.gather(-1, indices) < 1, scale, 0.0).to(scores.dtype)
 
 
-def _with_replacement(scores, noise, k):
-    s = inclusion(scores, 1) * 0 + scores.double()
+def _with_replacement(scores: Tensor, noise: Tensor, k: int) -> Pair:
+    s = scores.double()
+    wild = ~torch.isfinite(s)
+    s = torch.where(wild.any(-1, keepdim=True), wild.double(), s)
     s = torch.where((s > 0).any(-1, keepdim=True), s, 1.0)
-    p = s / s.sum(-1, keepdim=True)
-    at = torch.searchsorted(p.cumsum(-1), noise.double(), right=True).clamp(max=p.shape[-1] - 1)
-    counts = torch.zeros_like(p).scatter_add(-1, at, torch.ones_like(at, dtype=p.dtype))
-    drawn = _largest((counts > 0).to(torch.int8), k)
-    return drawn, _scale(counts.gather(-1, drawn) / (k * p.gather(-1, drawn)), scores)
+    ends = s.cumsum(-1)
+    total = ends.narrow(-1, -1, 1) if scores.shape[-1] else ends.sum(-1, keepdim=True)
+    drawn = torch.searchsorted(ends, noise.double() * total, right=True)
+    counts = torch.zeros_like(s).scatter_add(-1, drawn, torch.ones_like(drawn, dtype=s.dtype))
+    indices = _largest((counts > 0).to(torch.uint8), k)
+    share = (s / total).gather(-1, indices) * k
+    return indices, (counts.gather(-1, indices) * _inverse(share)).to(scores.dtype)
 
 
-def _mass(scores, k, least, mass):
-    order = torch.sort(scores, dim=-1, descending=True, stable=True)[1]
-    s = scores.gather(-1, order).double()
-    before = s.cumsum(-1) - s
-    rank = torch.arange(s.shape[-1], device=s.device)
-    used = (before < mass * s.sum(-1, keepdim=True)) | (rank < least)
-    full = torch.zeros_like(s).scatter(-1, order, used.double())
-    at = torch.sort(order.narrow(-1, 0, k), dim=-1)[0]
-    return at, _scale(full.gather(-1, at), scores)
+def _fake_pair(scores: Tensor, k: int) -> Pair:
+    return _fake_indices(scores, k), scores.new_empty((*scores.shape[:-1], k))
 
 
-def _fake_mm_scores(x, w, scores, centred=False, shared=False):
-    lead = [1] if shared and x.dim() == 3 else x.shape[:-2]
-    return x.new_empty([*lead, x.shape[-1]], dtype=_wide(x.new_empty(())).dtype)
-
-
-mm_scores = define(
-    "mm_scores(Tensor x, Tensor w, str scores, bool centred=False, bool shared=False) -> Tensor",
-    _mm_scores,
-    _fake_mm_scores,
+topk_mm_indices = define(
+    "topk_mm_indices(Tensor x, Tensor w, SymInt k, str scores) -> Tensor", _topk_mm, _fake_topk_mm
 )
-conv_scores = define(
-    "conv_scores(Tensor x, Tensor w, str axis, SymInt groups, str scores, bool centred=False) -> Tensor",
-    _conv_scores,
-    _conv_scores,
+topk_conv_indices = define(
+    "topk_conv_indices(Tensor x, Tensor w, SymInt k, str axis, SymInt groups, str scores) "
+    "-> Tensor",
+    _topk_conv,
+    _fake_topk_conv,
 )
-topk_indices = define(
-    "topk_indices(Tensor scores, SymInt k) -> Tensor",
-    _largest,
-    lambda s, k: s.new_empty([*s.shape[:-1], k], dtype=torch.int64),
-)
+topk_indices = define("topk_indices(Tensor scores, SymInt k) -> Tensor", _largest, _fake_indices)
 mass_indices = define(
     "mass_indices(Tensor scores, SymInt k, SymInt least, float mass) -> (Tensor, Tensor)",
     _mass,
-    lambda s, k, least, mass: _fake_pair(s, None, k),
+    lambda scores, k, least, mass: _fake_pair(scores, k),
 )
 systematic_indices = define(
     "systematic_indices(Tensor scores, Tensor noise, SymInt k) -> (Tensor, Tensor)",
     _systematic,
-    _fake_pair,
+    lambda scores, noise, k: _fake_pair(scores, k),
 )
 bernoulli_indices = define(
     "bernoulli_indices(Tensor scores, Tensor noise, SymInt k, SymInt size) -> (Tensor, Tensor)",
     _bernoulli,
-    _fake_pair,
+    lambda scores, noise, k, size: _fake_pair(scores, size),
 )
 with_replacement_indices = define(
     "with_replacement_indices(Tensor scores, Tensor noise, SymInt k) -> (Tensor, Tensor)",
     _with_replacement,
-    _fake_pair,
+    lambda scores, noise, k: _fake_pair(scores, k),
 )

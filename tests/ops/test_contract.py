@@ -88,6 +88,19 @@ def matrix_calls(dtype, layout):
         for scores in ("product", "left", "right"):
             yield name, ops.topk_mm_indices, (x, w, few, scores)
         yield name, ops.topk_mm_indices, (x, w, 0, "product")
+        for scores in ("product", "left", "right", "estimated", "uniform"):
+            yield name, ops.mm_scores, (x, w, scores, scores == "left", False)
+        yield from draw_calls(name, ops.mm_scores(x, w, "product"), few)
+
+
+def draw_calls(name, scores, few):
+    batch, depth = scores.shape[:-1], scores.shape[-1]
+    yield name, ops.topk_indices, (scores, few)
+    yield name, ops.mass_indices, (scores, few, 1, 0.6)
+    yield name, ops.systematic_indices, (scores, torch.rand(*batch, 1), few)
+    yield name, ops.with_replacement_indices, (scores, torch.rand(*batch, few), few)
+    size = min(depth, few + 2)
+    yield name, ops.bernoulli_indices, (scores, torch.rand(*batch, depth), few, size)
 
 
 def batched_calls(dtype, layout):
@@ -109,6 +122,9 @@ def batched_calls(dtype, layout):
                 xs = ops.gather_rows(x, tokens, None, rest)
                 yield name, ops.sampled_bmm_weight, (xs, grad, tokens, rest)
         yield name, ops.topk_mm_indices, (x, w, few, "product")
+        for shared in (False, True):
+            yield name, ops.mm_scores, (x, w, "product", True, shared)
+        yield from draw_calls(name, ops.mm_scores(x, w, "product"), few)
 
 
 def convolution_calls(dtype, layout):
@@ -145,6 +161,10 @@ def convolution_calls(dtype, layout):
             yield name, ops.gather_examples, (x, examples, *pairs)
             yield name, ops.sampled_conv_weight, (grad, x, examples, w_shape, *where, *pairs)
             yield name, ops.sampled_conv_weight, (grad, xs, examples, w_shape, *where, *pairs, True)
+        for axis, image, filters in (("in", x, w), ("out", grad, w)):
+            for scores in ("product", "estimated", "uniform"):
+                yield name, ops.conv_scores, (image, filters, axis, groups, scores, False)
+        yield name, ops.conv_scores, (x, grad, "batch", 1, "estimated", True)
         yield name, ops.topk_conv_indices, (x, w, 3, "in", groups, "product")
         yield name, ops.topk_conv_indices, (grad, w, 2, "out", groups, "right")
         yield name, ops.topk_conv_indices, (x, grad, min(2, x_shape[0]), "batch", 1, "left")
@@ -183,8 +203,14 @@ def test_every_exported_op_is_one_of_them():
     assert {found for found in exported if isinstance(found, OpOverload)} == set(ops.REFERENCES)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+KINDS = [
+    *((torch.float32, layout) for layout in LAYOUTS),
+    (torch.float64, "contiguous"),
+    (torch.bfloat16, "strided"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "layout"), KINDS)
 def test_schema_fake_and_gradient_are_true(dtype, layout):
     for name, op, args in calls(dtype, layout):
         args = differentiable(op, args)
@@ -198,13 +224,15 @@ def described(x):
     return tuple(x.shape), x.dtype, steps if x.numel() else []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "layout"), KINDS)
 def test_fake_has_the_real_shape_dtype_and_strides(dtype, layout):
     for name, op, args in calls(dtype, layout):
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
-        assert described(fake) == described(op(*args)), (op.name(), name)
+        real = op(*args)
+        pairs = zip(fake, real, strict=True) if isinstance(real, tuple) else [(fake, real)]
+        for one, other in pairs:
+            assert described(one) == described(other), (op.name(), name)
 
 
 @pytest.mark.parametrize("op", ops.REFERENCES, ids=lambda op: op.name().split("::")[1])
