@@ -154,11 +154,13 @@ class Answer:
 
     Attributes:
         needed: for each part that is sliced the first level that holds all ranks' gradients.
+        short: for each, whether what was sent of it holds less than that.
         differ: ranks have chosen different slices.
         stale: some rank has compiled more since the plan was made.
     """
 
     needed: list[int]
+    short: list[bool]
     differ: bool
     stale: bool
 
@@ -169,9 +171,12 @@ def read_header(header: Tensor, parts: Sequence[Whole | Part]) -> Answer:
     sliced = [part.entry for part in parts if isinstance(part, Part)]
     missing = [[next(said) for _ in entry.levels] for entry in sliced]
     needed = [(*found, False).index(False) for found in missing]
+    short = [(*found, False)[e.level] for found, e in zip(missing, sliced, strict=True)]
     differ = False
     if sliced:
         bits = [next(said) for _ in range(2 * _BITS)]
         differ = any(a and b for a, b in zip(bits[:_BITS], bits[_BITS:], strict=True))
-        needed = [len(entry.levels) for entry in sliced] if differ else needed
-    return Answer(needed, differ, next(said))
+    if differ:
+        needed = [len(entry.levels) for entry in sliced]
+        short = [not entry.whole for entry in sliced]
+    return Answer(needed, short, differ, next(said))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,11 +31,13 @@ class Finder:
         cut: the graph that does it.
         inputs: the parameters and buffers that it reads.
         count: how many indices it returns for each group.
+        text: equal for those that differ in ``count`` alone, on every rank.
     """
 
     cut: Cut
     inputs: tuple[Tensor, ...]
     count: int
+    text: str
 
     def __call__(self) -> Tensor:
         """Return the indices, [count] or [groups, count]."""
@@ -51,8 +54,8 @@ class Sliced:
         axis: along which it is sliced.
         groups: parts of axis 0 that have indices of their own.
         depth: slices of each group.
-        levels: what was compiled for it, each with all that stands before it. A schedule makes
-            several of them; the gradients of a step say which one is needed.
+        levels: what was compiled for it, from few slices to many, and all of it together. There are
+            several where a schedule or a mode changes; the gradients of a step say which one holds.
         expected: whether a compiled graph makes the whole gradient, so that no slices suffice.
         level: which one is sent; ``len(levels)`` is the whole tensor.
     """
@@ -81,16 +84,16 @@ class Sliced:
 
     def describe(self) -> str:
         """Say what is sent."""
-        sent = [f"{_count(level)} of {self.depth}" for level in self.levels]
+        count = _count(self.levels[min(self.level, len(self.levels) - 1)])
         where = f"along axis {self.axis}" + (" of each group" if self.groups > 1 else "")
-        now = "; in full at present" if self.whole else ""
-        return f"{' or '.join(sent)} slices {where}{now}"
+        slices = f"{count} of {self.depth} slices {where}"
+        return f"in full at present: {slices} don't hold it" if self.whole else slices
 
     def signature(self) -> str:
         """Return what ranks must agree on before they add up these slices."""
-        levels = [[(finder.cut.text, finder.count) for finder in level] for level in self.levels]
-        text = repr((self.axis, self.groups, self.depth, levels, self.expected))
-        return hashlib.sha256(_DEVICE_INDEX.sub("", text).encode()).hexdigest()
+        levels = [_texts(level) for level in self.levels]
+        text = repr((self.axis, self.groups, self.depth, levels))
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass
@@ -133,7 +136,6 @@ class Planner:
 
     model: nn.Module
     compiled: Sequence[Any] = ()
-    _read: dict[int, tuple[Compilation, dict[str, Slices | str]]] = field(default_factory=dict)
 
     def seen(self) -> tuple[object, ...]:
         """Return what a plan is made from."""
@@ -155,11 +157,11 @@ class Planner:
         prefixes = list(dict.fromkeys(plain_name(name) for name, _ in self.model.named_modules()))
         found: dict[int, list[_Found]] = {}
         for record in self._records():
-            slices = self._slices(record)
-            for known in _places(record, prefixes, tensors):
+            slices = _read_once(record)
+            for start, known in _places(record, prefixes, tensors):
                 for name, tensor in known.items():
                     if name in slices:
-                        one = _Found(slices[name], record, known)
+                        one = _Found(slices[name], record, known, start)
                         found.setdefault(id(tensor), []).append(one)
         for name, param in self.model.named_parameters():
             entry = _entry(plain_name(name), param, found.get(id(param), []))
@@ -176,12 +178,6 @@ class Planner:
         alike = [other for wrapper in wrappers for other in compat.wrappers_like(wrapper)]
         records = [record for wrapper in alike for record in getattr(wrapper, "_sparsefx", ())]
         return list({id(record): record for record in records}.values())
-
-    def _slices(self, record: Compilation) -> dict[str, Slices | str]:
-        known = self._read.get(id(record))
-        if known is None or known[0] is not record:
-            known = self._read[id(record)] = record, _read(record)
-        return known[1]
 
 
 # --- whose parameters a graph names
@@ -200,7 +196,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _places(
     record: Compilation, prefixes: Sequence[str], tensors: Mapping[str, Tensor]
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Find the modules that a graph may have been compiled for: all its names and shapes fit.
 
     Behind a graph break, names begin at an inner module, and one graph serves all its instances.
@@ -210,7 +206,7 @@ def _places(
         start = f"{prefix.rstrip('.')}." if prefix else ""
         known = {name: tensors.get(start + name) for name in shapes}
         if all(t is not None and t.shape == shapes[name] for name, t in known.items()):
-            yield {name: tensor for name, tensor in known.items() if tensor is not None}
+            yield start, {name: tensor for name, tensor in known.items() if tensor is not None}
 
 
 def _shapes(record: Compilation) -> dict[str, torch.Size]:
@@ -222,6 +218,17 @@ def _shapes(record: Compilation) -> dict[str, torch.Size]:
 
 
 # --- one graph
+
+_READ: dict[int, tuple[weakref.ref[Compilation], dict[str, Slices | str]]] = {}
+
+
+def _read_once(record: Compilation) -> dict[str, Slices | str]:
+    """Read a graph, for as many plans as it serves."""
+    for key in [key for key, (known, _) in _READ.items() if known() is None]:
+        del _READ[key]
+    if id(record) not in _READ:
+        _READ[id(record)] = weakref.ref(record), _read(record)
+    return _READ[id(record)][1]
 
 
 def _read(record: Compilation) -> dict[str, Slices | str]:
@@ -255,6 +262,7 @@ class _Found:
     slices: Slices | str
     record: Compilation
     tensors: Mapping[str, Tensor]
+    start: str
 
 
 def _entry(name: str, param: Tensor, found: Sequence[_Found]) -> Sliced | str:
@@ -280,27 +288,26 @@ _NEVER_COMPILED = "no compiled graph computes its gradient"
 
 
 def _levels(found: Sequence[_Found]) -> list[list[Finder]]:
-    """Finders of all graphs, from few slices to many, each with all before it."""
-    each = [[_finder(cut, one) for cut in one.slices.cuts] for one in found]  # type: ignore[union-attr]
-    levels: list[list[Finder]] = []
-    for finders in sorted(each, key=lambda finders: (_count(_largest(finders)), _texts(finders))):
-        level = _largest([*(levels[-1] if levels else []), *finders])
-        if not levels or _texts(level) != _texts(levels[-1]):
-            levels.append(level)
-    return levels
+    """Finders of each graph, from few slices to many; at the end those of all graphs."""
+    each = [_largest([_finder(cut, one) for cut in one.slices.cuts]) for one in found]  # type: ignore[union-attr]
+    each.sort(key=lambda finders: (_count(finders), _texts(finders)))
+    each.append(_largest([finder for finders in each for finder in finders]))
+    return list({tuple(_texts(finders)): finders for finders in each}.values())
 
 
 def _finder(cut: Cut, found: _Found) -> Finder:
     # Inductor adds up norms in another order, so that two that are nearly equal may change places
     spare = 1 if found.record.config.codegen == "inductor" else 0
-    return Finder(cut, tuple(found.tensors[name] for name in cut.names), cut.k + spare)
+    inputs = tuple(found.tensors[name] for name in cut.names)
+    names = [found.start + name for name in cut.names]
+    return Finder(cut, inputs, cut.k + spare, _DEVICE_INDEX.sub("", f"{cut.code} of {names}"))
 
 
 def _largest(finders: Sequence[Finder]) -> list[Finder]:
     """Of finders that differ in their count alone the largest: the k largest scores are nested."""
     by_text: dict[str, Finder] = {}
-    for finder in sorted(finders, key=lambda finder: (finder.cut.text, finder.count)):
-        by_text[finder.cut.text] = finder
+    for finder in sorted(finders, key=lambda finder: (finder.text, finder.count)):
+        by_text[finder.text] = finder
     return list(by_text.values())
 
 
@@ -309,4 +316,4 @@ def _count(finders: Sequence[Finder]) -> int:
 
 
 def _texts(finders: Sequence[Finder]) -> list[tuple[str, int]]:
-    return [(finder.cut.text, finder.count) for finder in finders]
+    return [(finder.text, finder.count) for finder in finders]

@@ -32,13 +32,13 @@ class Cut:
         graph: returns S, [k] or [groups, k].
         names: of its inputs, parameters and buffers of the model that was compiled.
         k: how many indices the forward used in each group.
-        text: equal for cuts that differ in ``k`` alone.
+        code: of the graph.
     """
 
     graph: GraphModule
     names: tuple[str, ...]
     k: int
-    text: str
+    code: str
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _cut(indices: Node) -> Cut:
     root = indices.graph.owning_module
     assert root is not None, "a graph that a pass returned has its module"
     module = GraphModule(root, graph)
-    return Cut(module, names, int(value(indices).shape[-1]), f"{module.code} of {names}")
+    return Cut(module, names, int(value(indices).shape[-1]), module.code)
 
 
 class _Cutting:

@@ -109,6 +109,7 @@ class SampledAllreduceState:
         self._plan: Plan | None = None
         self._stale = False
         self._pending: list[Sent] = []
+        self._short: list[Sliced] = []
 
     # --- figures
 
@@ -135,7 +136,7 @@ class SampledAllreduceState:
 
     def begin_step(self) -> None:
         """Plan anew if any rank has compiled more; all ranks do this or none."""
-        self._pending.clear()  # of a backward that failed half-way
+        self._pending, self._short = [], []  # of a backward that failed half-way
         self.traffic.begin_step()
         if self._plan is None or self._stale:
             self._plan, self._stale = self._agreed_plan(), False
@@ -189,6 +190,8 @@ class SampledAllreduceState:
         for sent in self._pending:
             sent.future.set_result(sent.buffer)
         self._pending.clear()
+        for entry in () if self._stale else self._short:  # else what is new explains it
+            self._tell(entry)
 
     def _settle(self, sent: Sent) -> None:
         """Put the average into the bucket, and choose what its parameters send next."""
@@ -198,13 +201,17 @@ class SampledAllreduceState:
         answer = read_header(sent.payload[-sent.header :], sent.parts)
         self._stale = self._stale or answer.stale
         entries = [part.entry for part in sent.parts if isinstance(part, Part)]
-        pairs = list(zip(entries, answer.needed, strict=True))
-        if short := [entry for entry, level in pairs if level > entry.level]:
+        if any(answer.short):
             self._resend(sent)
-            self._tell(short, pairs, answer.differ)
         else:
             sent.write_back()
-        for entry, level in pairs:
+        if answer.differ:
+            self._tell_difference(entries)
+        else:
+            self._short += [
+                e for e, is_short in zip(entries, answer.short, strict=True) if is_short
+            ]
+        for entry, level in zip(entries, answer.needed, strict=True):
             entry.level = level
 
     def _resend(self, sent: Sent) -> None:
@@ -213,24 +220,23 @@ class SampledAllreduceState:
         sent.buffer.copy_(full)
         self.traffic.resent += 1
 
-    def _tell(self, short: list[Sliced], pairs: list[tuple[Sliced, int]], differ: bool) -> None:
-        """Warn once of each parameter for which nothing that was compiled explains it."""
-        if differ:
-            names = ", ".join(entry.name for entry, _ in pairs)
+    def _tell_difference(self, entries: list[Sliced]) -> None:
+        names = ", ".join(entry.name for entry in entries)
+        self._warn(
+            names,
+            f"the ranks chose different slices of {names}: their weights differ, or their "
+            "machines add up differently. The bucket is sent in full",
+        )
+
+    def _tell(self, entry: Sliced) -> None:
+        """Warn once of a parameter's gradient that nothing that was compiled explains."""
+        if entry.whole and not entry.expected:
             self._warn(
-                names,
-                f"the ranks chose different slices of {names}: their weights differ, or their "
-                "machines add up differently. The bucket is sent in full",
+                entry.name,
+                f"the gradient of {entry.name} is not zero outside the slices of its sampled "
+                "products: something else adds to it, such as a penalty on the weight, a hook, "
+                "or a gradient of earlier weights (zero_grad). It is sent in full until it is",
             )
-            return
-        for entry, level in pairs:
-            if entry in short and level == len(entry.levels) and not entry.expected:
-                self._warn(
-                    entry.name,
-                    f"the gradient of {entry.name} is not zero outside the slices of its sampled "
-                    "products: something else adds to it, such as a penalty on the weight, a hook, "
-                    "or a gradient of earlier weights (zero_grad). It is sent in full until it is",
-                )
 
     def _warn(self, key: str, text: str) -> None:
         if key not in self._warned:
@@ -278,4 +284,4 @@ class SampledAllreduceState:
         self.compress, self.traffic = state["compress"], state["traffic"]
         self._warned = state["warned"]
         self.process_group = self._planner = self._plan = None
-        self._stale, self._pending = False, []
+        self._stale, self._pending, self._short = False, [], []
