@@ -31,7 +31,9 @@ __all__ = [
     "Sampled",
     "SparseConfig",
     "as_config",
+    "is_convolution",
     "preset",
+    "reads_input",
 ]
 
 _T = TypeVar("_T")
@@ -360,19 +362,44 @@ def _import(name: object) -> Any:
 
 _DEFAULT_RULES = (Rule("*", forward=NM(2, 4, transposable=True)),)
 
+
+def reads_input(site: Site) -> bool:
+    """Match the layers that read the model's input, whatever their names: a rule's predicate.
+
+    Their left operand depends on no parameter, so an embedding or a norm in front hides the input.
+    """
+    return site.is_input
+
+
+def is_convolution(site: Site) -> bool:
+    """Match convolutions of any rank: a rule's predicate."""
+    return site.kind == "conv"
+
+
+# A gradient wants an unbiased estimate. By the input alone, rows are chosen in the forward.
+_UNBIASED = Sampled(0.3, estimator="systematic")
+_BY_INPUT = Sampled(0.3, estimator="systematic", scores="input")
+_PUBLISHED = Sampled(0.5, min_k=10)  # top-k; stems of 1 or 3 channels stay exact
+
 PRESETS: dict[str, SparseConfig] = {
     "2:4": SparseConfig(rules=(Rule("*", forward=NM(2, 4)),)),
     "2:4-transposable": SparseConfig(),
     "4:8-transposable": SparseConfig(rules=(Rule("*", forward=NM(4, 8, transposable=True)),)),
     "sampled-0.3": SparseConfig(rules=(Rule("*", forward=Sampled(0.3)),)),
     "sampled-backward-0.3": SparseConfig(
-        rules=(Rule("*", grad_input=Sampled(0.3), grad_weight=Sampled(0.3)),)
+        rules=(Rule("*", grad_input=_UNBIASED, grad_weight=_UNBIASED),)
     ),
+    "sampled-memory-0.3": SparseConfig(rules=(Rule("*", grad_weight=_BY_INPUT),)),
     "black-box-0.3": SparseConfig(
         rules=(Rule("*", forward=Sampled(0.3), grad_input=Dense(), grad_weight=Dense()),)
     ),
     "all-three": SparseConfig(
-        rules=(Rule("*", forward=NM(2, 4, transposable=True), grad_weight=Sampled(0.3)),)
+        rules=(Rule("*", forward=NM(2, 4, transposable=True), grad_weight=_UNBIASED),)
+    ),
+    "adelman-mlp": SparseConfig(rules=(Rule(reads_input), Rule("*", forward=_PUBLISHED))),
+    "adelman-cnn": SparseConfig(rules=(Rule("*", forward=_PUBLISHED),)),
+    "adelman-resnet": SparseConfig(
+        rules=(Rule(reads_input), Rule(is_convolution, forward=_PUBLISHED))
     ),
 }
 

@@ -19,7 +19,9 @@ from sparsefx.config import (
     Sampled,
     SparseConfig,
     as_config,
+    is_convolution,
     preset,
+    reads_input,
 )
 from sparsefx.errors import ConfigError, SparsefxError
 from sparsefx.patterns import MAX_M
@@ -310,15 +312,22 @@ def test_patterns_as_text(pattern, text):
 
 
 def test_presets():
+    unbiased = Sampled(0.3, estimator="systematic")
+    by_input = dataclasses.replace(unbiased, scores="input")
+    published = Sampled(0.5, min_k=10)
     everywhere = {name: config.effective_rules() for name, config in PRESETS.items()}
     assert everywhere == {
         "2:4": (Rule("*", NM(2, 4)),),
         "2:4-transposable": (Rule("*", NM(2, 4, transposable=True)),),
         "4:8-transposable": (Rule("*", NM(4, 8, transposable=True)),),
         "sampled-0.3": (Rule("*", Sampled(0.3)),),
-        "sampled-backward-0.3": (Rule("*", Dense(), Sampled(0.3), Sampled(0.3)),),
+        "sampled-backward-0.3": (Rule("*", Dense(), unbiased, unbiased),),
+        "sampled-memory-0.3": (Rule("*", grad_weight=by_input),),
         "black-box-0.3": (Rule("*", Sampled(0.3), Dense(), Dense()),),
-        "all-three": (Rule("*", NM(2, 4, transposable=True), None, Sampled(0.3)),),
+        "all-three": (Rule("*", NM(2, 4, transposable=True), None, unbiased),),
+        "adelman-mlp": (Rule(reads_input), Rule("*", published)),
+        "adelman-cnn": (Rule("*", published),),
+        "adelman-resnet": (Rule(reads_input), Rule(is_convolution, published)),
     }
 
 

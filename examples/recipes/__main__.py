@@ -48,11 +48,11 @@ def pattern(options: argparse.Namespace) -> sfx.Sampled:
 
 def prepare_runs(options: argparse.Namespace, data: images.Images) -> list[Run]:
     """Compile the net densely and, unless nothing is to be sampled, sampled."""
-    recipe, sampled = RECIPES[options.recipe], pattern(options)
+    sampled = pattern(options)
     x = data.prepared(data.train_x[: options.batch])
     runs = []
     for sampling in dict.fromkeys(("none", options.sampling)):
-        config = config_of(sampling, sampled, recipe.first, options.codegen)
+        config = config_of(sampling, sampled, options.codegen)
         name = "dense" if sampling == "none" else f"{sampling}, {sampled}"
         runs.append(prepare(name, new_net(options, data), config, x))
     return runs

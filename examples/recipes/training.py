@@ -16,6 +16,7 @@ from images import Images
 from torch import Tensor, nn
 
 import sparsefx as sfx
+from sparsefx.config import reads_input
 
 UNBIASED = "systematic"  # exactly k, unbiased: what a gradient wants
 SAMPLING = ("none", "forward", "backward", "black-box")
@@ -26,7 +27,6 @@ class Recipe:
     """Hyper-parameters as published; where a learning rate falls, as shares of all epochs."""
 
     make: Callable[..., nn.Module]
-    first: str  # the layer that reads the images
     batch: int
     epochs: int
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -37,11 +37,10 @@ class Recipe:
 
 
 RECIPES = {
-    "mlp": Recipe(networks.MLP, "fc1", 50, 20, torch.optim.Adam, {"lr": 1e-3}),
-    "cnn": Recipe(networks.CNN, "conv1", 64, 20, torch.optim.SGD, {"lr": 0.01, "momentum": 0.5}),
+    "mlp": Recipe(networks.MLP, 50, 20, torch.optim.Adam, {"lr": 1e-3}),
+    "cnn": Recipe(networks.CNN, 64, 20, torch.optim.SGD, {"lr": 0.01, "momentum": 0.5}),
     "resnet": Recipe(
         networks.ResNet,
-        "stem",
         256,
         90,
         torch.optim.SGD,
@@ -52,7 +51,6 @@ RECIPES = {
     ),
     "wideresnet": Recipe(
         networks.WideResNet,
-        "stem",
         256,
         200,
         torch.optim.SGD,
@@ -64,10 +62,10 @@ RECIPES = {
 }
 
 
-def config_of(sampling: str, pattern: sfx.Sampled, first: str, codegen: str) -> sfx.SparseConfig:
+def config_of(sampling: str, pattern: sfx.Sampled, codegen: str) -> sfx.SparseConfig:
     """Say which products are sampled.
 
-    The first layer is exempt by a rule, the last by ``keep_output_dense``, narrow ones by the
+    The layer that reads the images is exempt by a rule, the last by ``keep_output_dense``, narrow ones by the
     pattern's ``min_k``.
     """
     rules = {
@@ -78,7 +76,7 @@ def config_of(sampling: str, pattern: sfx.Sampled, first: str, codegen: str) -> 
             sfx.Rule("*", forward=pattern, grad_input=sfx.Dense(), grad_weight=sfx.Dense())
         ],
     }[sampling]
-    exempt = [sfx.Rule(first, forward=sfx.Dense())] if rules else []
+    exempt = [sfx.Rule(reads_input, forward=sfx.Dense())] if rules else []
     return sfx.SparseConfig(rules=exempt + rules, codegen=codegen)
 
 

@@ -296,7 +296,7 @@ def test_gpt2_as_it_comes():
         assert bool(row.reason) == (row.decision is None)
         by_layer.setdefault(row.layer, []).append((row.role, str(row.decision)))
     linear = [("forward", "2:4 transposable"), ("grad_input", "2:4 transposable"),
-              ("grad_weight", "sampled 0.3")]  # fmt: skip
+              ("grad_weight", "sampled 0.3 systematic")]  # fmt: skip
     attention = ["c_attn", "c_proj"]
     names = [f"transformer.h.{i}.{part}" for i in range(2)
              for part in (*(f"attn.{a}" for a in attention), "mlp.c_fc", "mlp.c_proj")]  # fmt: skip

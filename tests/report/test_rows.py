@@ -19,6 +19,7 @@ STRAIGHT = "straight-through: reaches every weight (weight_grad='dense')"
 DERIVED = "the derivative of a dense forward"
 TRANSPOSABLE = NM(2, 4, transposable=True)
 S = Sampled(0.3)
+U = Sampled(0.3, estimator="systematic")
 
 
 def mlp() -> nn.Module:
@@ -35,14 +36,23 @@ def table(report: sfx.report.Report) -> list[tuple]:
         ("2:4", [(NM(2, 4), ""), (None, STRAIGHT)], [(NM(2, 4), "")] * 2 + [(None, STRAIGHT)]),
         (
             "all-three",
-            [(TRANSPOSABLE, ""), (S, "")],
-            [(TRANSPOSABLE, ""), (TRANSPOSABLE, ""), (S, "")],
+            [(TRANSPOSABLE, ""), (U, "")],
+            [(TRANSPOSABLE, ""), (TRANSPOSABLE, ""), (U, "")],
         ),
         ("sampled-0.3", [(S, "")] * 2, [(S, "")] * 3),
         (
             "sampled-backward-0.3",
-            [(None, "the rule says Dense()"), (S, "")],
-            [(None, "the rule says Dense()"), (S, ""), (S, "")],
+            [(None, "the rule says Dense()"), (U, "")],
+            [(None, "the rule says Dense()"), (U, ""), (U, "")],
+        ),
+        (
+            "sampled-memory-0.3",
+            [(None, "the rule says Dense()"), (replace(U, scores="input"), "")],
+            [
+                (None, "the rule says Dense()"),
+                (None, "the derivative of a dense forward"),
+                (replace(U, scores="input"), ""),
+            ],
         ),
         (
             "black-box-0.3",
