@@ -65,8 +65,8 @@ RECIPES = {
 def config_of(sampling: str, pattern: sfx.Sampled, codegen: str) -> sfx.SparseConfig:
     """Say which products are sampled.
 
-    The layer that reads the images is exempt by a rule, the last by ``keep_output_dense``, narrow ones by the
-    pattern's ``min_k``.
+    The layer that reads the images is exempt by a rule, the last by ``keep_output_dense``, narrow
+    ones by the pattern's ``min_k``.
     """
     rules = {
         "none": [],
