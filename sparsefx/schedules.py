@@ -140,7 +140,8 @@ class RatioSchedule:
         if level in (0, self.levels - 1):
             return self.end if level else self.start
         value = self.start + (self.end - self.start) * level / (self.levels - 1)
-        return float(f"{value:.6g}")  # 0.7, not 0.7000000000000001
+        short = float(f"{value:.6g}")  # 0.7, not 0.7000000000000001
+        return min(max(short, min(self.start, self.end)), max(self.start, self.end))
 
     # --- where a training stands
 

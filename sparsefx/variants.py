@@ -10,10 +10,11 @@ a step between them changes neither.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
@@ -23,6 +24,9 @@ from sparsefx.config import SparseConfig, as_config
 from sparsefx.errors import ConfigError, SparsefxError
 from sparsefx.rewriting import copy_graph_module
 from sparsefx.schedules import RatioSchedule
+
+if TYPE_CHECKING:
+    from sparsefx.pipeline import Outcome
 
 Key = tuple[float, ...]
 Program = Callable[..., Any]
@@ -47,8 +51,7 @@ class Variants:
         self.programs: dict[Key, tuple[Program, Compilation]] = {}
         self.current = record
         self._asked, self._gm, self._compiler = record, gm, compiler
-        self._key: Key | None = None
-        self._program: Program = gm.forward
+        self._last: tuple[Key | None, Program] = None, gm.forward
         self._lock = threading.RLock()
         self._shelf: list[Compilation] = []
         self._place = 0
@@ -67,24 +70,30 @@ class Variants:
         Raises:
             ConfigError: for more than 64 of these.
         """
-        keys = [self._now()]
+        program, record = self._compile(self._now(), inputs)
+        self.schedules = _matching(self._asked, record.outcome, self.schedules)
+        self.programs[self._now()] = program, record
+        self._take(self._now())
         if compat.has_symbols(self._gm):
-            every = itertools.product(*(schedule.values for schedule in self.schedules))
-            keys = [*(key for key in every if key != keys[0]), *keys]
-        if len(keys) > MOST_AT_ONCE:
+            for key in self._every():
+                if key not in self.programs:
+                    self.programs[key] = self._compile(key, inputs)
+
+    def _every(self) -> list[Key]:
+        many = math.prod(len(schedule.values) for schedule in self.schedules)
+        if many > MOST_AT_ONCE:
             raise ConfigError(
-                f"SparseConfig: {len(self.schedules)} schedules have {len(keys)} combinations of "
+                f"SparseConfig: {len(self.schedules)} schedules have {many} combinations of "
                 f"ratios, and dynamic shapes compile all of them (at most {MOST_AT_ONCE}): let "
                 "rules share one RatioSchedule, give fewer levels, or compile with dynamic=False"
             )
-        for key in keys:
-            self._compile(key, inputs)
-        self._take(keys[-1])
+        return [*itertools.product(*(schedule.values for schedule in self.schedules))]
 
     def __call__(self, *args: Any) -> Any:
         """Run the current variant; a new one is compiled for these very inputs."""
-        key = self._now()
-        program = self._program if key == self._key else self._switch(key, args)
+        key, program = self._last
+        if key != (now := self._now()):
+            program = self._switch(now, args)
         return program(*args)
 
     def _now(self) -> Key:
@@ -94,21 +103,21 @@ class Variants:
         with self._lock:
             if key not in self.programs:
                 with compat.compiling_later(args) as inputs, in_modes_of(self._asked):
-                    self._compile(key, inputs)
+                    self.programs[key] = self._compile(key, inputs)
             self._take(key)
-            return self._program
+            return self.programs[key][0]
 
-    def _compile(self, key: Key, inputs: Sequence[Any]) -> None:
+    def _compile(self, key: Key, inputs: Sequence[Any]) -> tuple[Program, Compilation]:
         known = dict(zip(map(id, self.schedules), key, strict=True))
         ratios = [known.get(id(s), s.ratio) for s in self._asked.config.schedules]
         record = replace(self._asked, config=self._asked.config.resolved(ratios), outcome=None)
         gm = copy_graph_module(self._gm)
         compat.copy_sources(self._gm, gm)
-        self.programs[key] = self._compiler(gm, inputs, record), record
+        return self._compiler(gm, inputs, record), record
 
     def _take(self, key: Key) -> None:
-        self._program, self.current = self.programs[key]
-        self._key = key
+        program, self.current = self.programs[key]
+        self._last = key, program
         if self._shelf:
             self._shelf[self._place] = self.current
 
@@ -121,6 +130,18 @@ def _acting(record: Compilation) -> tuple[RatioSchedule, ...]:
     rules = record.config.effective_rules()
     asked = [id(p.ratio) for rule in rules for _, p in rule.sampled() if p.inference]
     return tuple(schedule for schedule in schedules if id(schedule) in asked)
+
+
+def _matching(
+    asked: Compilation, outcome: Outcome | None, schedules: tuple[RatioSchedule, ...]
+) -> tuple[RatioSchedule, ...]:
+    """Those whose rule matches a layer of the graph; all, where a cache knew its program."""
+    if outcome is None:
+        return schedules
+    rules = asked.config.effective_rules()
+    found = {next((r for r in rules if r.matches(plan.site)), None) for plan in outcome.plans}
+    acting = {id(p.ratio) for rule in found if rule is not None for _, p in rule.sampled()}
+    return tuple(schedule for schedule in schedules if id(schedule) in acting)
 
 
 # --- whose schedules
