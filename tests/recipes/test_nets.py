@@ -109,6 +109,36 @@ def test_what_the_recipes_sample(kit, recipe, sampling, wanted):
     assert all(rows == wanted for rows in found.values()), found
 
 
+class Net(nn.Module):
+    """A stem of 24 channels, which min_k alone would sample; two layers of each kind behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.deep = nn.Conv1d(24, 32, 1), nn.Conv1d(32, 32, 3)
+        self.narrow, self.wide, self.out = nn.Linear(32, 10), nn.Linear(10, 40), nn.Linear(40, 4)
+
+    def forward(self, x):
+        x = self.deep(self.patches(x).relu()).relu().mean(2)
+        return self.out(self.wide(self.narrow(x).relu()).relu())
+
+
+@pytest.mark.parametrize(
+    ("preset", "sampled"),
+    [
+        ("adelman-mlp", {"deep", "narrow"}),
+        ("adelman-cnn", {"patches", "deep", "narrow"}),
+        ("adelman-resnet", {"deep"}),
+    ],
+)
+def test_what_the_presets_sample(preset, sampled):
+    config = dataclasses.replace(sfx.preset(preset), codegen="aot_eager")
+    found = decisions(Net(), config, (24, 9))
+    assert {layer for layer, rows in found.items() if rows[0] == TOPK} == sampled
+    assert found["out"] == [OUTPUT] * 3
+    if preset != "adelman-resnet":
+        assert found["wide"][0] == "k = K = 10: exact"
+
+
 def test_without_sampling_nothing_is(kit):
     config = kit.training.config_of("none", TOPK, "aot_eager")
     assert config == SparseConfig(rules=[], codegen="aot_eager")
