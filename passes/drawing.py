@@ -1,7 +1,9 @@
 """Nodes that choose pairs, for rewrite_sampled: scores, noise, indices, scale.
 
 Noise is drawn in the forward for all three products, and what it chose is marked MUST_SAVE: a
-partitioner that drew again in the backward would give silently wrong gradients.
+partitioner that drew again in the backward would give silently wrong gradients. It heeds the mark
+only for what a result of the forward depends on, so what a gradient alone needs is tied to its
+layer's forward by ``after``, which no code is generated for.
 """
 
 import math
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sparsefx import compat, ops
 from sparsefx.config import Sampled
 from sparsefx.plan import Plan
-from sparsefx.rewriting import emit, plan_of, size, value
+from sparsefx.rewriting import emit, plan_of, size, value, wrap
 
 aten = torch.ops.aten
 Size = int | Node
@@ -187,7 +189,15 @@ def _noise(node: Node, scores: Node, plan: Plan, pattern: Sampled) -> Node:
         place, aten.rand.default, [*batch, numbers], dtype=torch.float32,
         device=value(scores).device, pin_memory=False,
     )  # fmt: skip
+    if place is not node:
+        hold(place, noise)
     return _kept(noise)
+
+
+def hold(forward: Node, *drawn: Node | None) -> None:
+    """Make the result of ``forward`` depend on what was drawn for a gradient before it."""
+    others = [node for node in drawn if node is not None]
+    wrap(forward, lambda put: put(ops.after, forward, others))
 
 
 def _size_at(place: Node, wanted: Any) -> Size | None:

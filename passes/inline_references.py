@@ -74,6 +74,8 @@ def _opaque(node: Node) -> str:
     device = next(value(n).device for n in node.all_input_nodes if isinstance(value(n), Tensor))
     if ops.has_kernel(node.target, device.type):
         return "the device has a kernel"
+    if node.target is ops.after:
+        return "it is there for the partitioner to see"
     if not ops.traceable(node.target, node.args):
         return "the reference loops over values"
     return ""

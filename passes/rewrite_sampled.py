@@ -32,6 +32,7 @@ from sparsefx.passes.drawing import (
     draw_columns,
     drawn_by,
     forward_of,
+    hold,
     keep_unless_checkpointed,
 )
 from sparsefx.plan import Plan
@@ -179,7 +180,14 @@ def _rows_of_input(
     # the gradient has no say: scores of the left operand alone
     drawn = draw_columns(forward, flip(forward, rows), rows, replace(plan, flipped=False), pattern)
     xs = emit(forward, ops.gather_rows, rows, drawn.indices, *drawn.pairs())
-    return keep_unless_checkpointed(xs), drawn
+    return _held(forward, xs, drawn), drawn
+
+
+def _held(forward: Node, xs: Node, drawn: Drawn) -> Node:
+    """Have the forward save what was drawn, and what was gathered by it."""
+    keep_unless_checkpointed(xs)
+    hold(forward, drawn.indices, drawn.scale, xs)
+    return xs
 
 
 def _chosen_early(node: Node, plan: Plan, pattern: Sampled) -> Node | None:
@@ -233,7 +241,7 @@ def _conv_grad_weight(draws: Draws, node: Node) -> Node | Skip | None:
     if forward is not None and not is_backward(x) and x < forward:
         drawn = draw_channels(forward, x, x, "batch", 1, plan, pattern)
         xs = emit(forward, ops.gather_examples, x, drawn.indices, *drawn.pairs())
-        xs = keep_unless_checkpointed(xs)
+        xs = _held(forward, xs, drawn)
         last = drawn.indices, sizes, *where, drawn.scale, drawn.rest, True
         return emit(node, ops.sampled_conv_weight, grad, xs, *last)
     drawn = draw_channels(node, x, grad, "batch", 1, plan, pattern)

@@ -137,6 +137,7 @@ def compile_with_inductor(
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
 
+    _lower_to_first(torch.ops.sparsefx.after.default)
     before = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     mine = _joint_pass(rewrite, identity, before)
     compiled: Any = compile_fx(
@@ -146,6 +147,41 @@ def compile_with_inductor(
         decompositions=decompositions(),
     )
     return compiled  # type: ignore[no-any-return]
+
+
+def _lower_to_first(op: OpOverload) -> None:
+    """Have Inductor generate no code for ``op``: its result is its first argument."""
+    from torch._inductor.lowering import lowerings, register_lowering
+
+    if op not in lowerings:
+        register_lowering(op, type_promotion_kind=None)(lambda x, *_: x)
+
+
+_HARDLY_ANY = 1e-9
+
+
+def _heed_marks(joint: GraphModule) -> None:
+    """Have the partitioner heed MUST_SAVE where the activation memory budget is 0.
+
+    At exactly 0 it saves nothing but inputs, whatever is marked, and draws random numbers anew in
+    the backward; a budget next to nothing recomputes as much, and heeds the marks.
+    """
+    from torch._functorch import config
+    from torch.fx import traceback
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    nodes = list(joint.graph.nodes)
+    if not any(n.meta.get("recompute") == CheckpointPolicy.MUST_SAVE for n in nodes):
+        return
+    key = getattr(traceback, "MEMORY_BUDGET_ANNOTATION_KEY", None)  # regions came after 2.11
+    for node in nodes:
+        if node.meta.get("memory_budget") == 0:
+            node.meta["memory_budget"] = _HARDLY_ANY
+        custom = node.meta.get("custom")
+        if isinstance(custom, dict) and custom.get(key) == 0:
+            node.meta["custom"] = {**custom, key: _HARDLY_ANY}
+    if config.activation_memory_budget == 0:
+        nodes[0].meta.setdefault("memory_budget", _HARDLY_ANY)
 
 
 def _joint_pass(rewrite: Rewrite, identity: Callable[[], str | None], before: Any) -> Any:
@@ -161,6 +197,7 @@ def _joint_pass(rewrite: Rewrite, identity: Callable[[], str | None], before: An
             for other in earlier:
                 other(gm.graph)
             rewrite(gm)
+            _heed_marks(gm)
 
         def uuid(self) -> str | None:
             own, others = identity(), [getattr(p, "uuid", lambda: None)() for p in earlier]
@@ -234,6 +271,7 @@ def compile_eagerly(
         nonlocal results
         results = kwargs["num_fwd_outputs"]
         rewrite(joint)
+        _heed_marks(joint)
         return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
     def run(kind: str) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from sparsefx.ops.nm import (
     nm_mm,
 )
 from sparsefx.ops.sampled import (
+    after,
     gather_columns,
     gather_rows,
     sampled_bmm,
@@ -49,6 +50,7 @@ from sparsefx.ops.scores import conv_scores, mm_scores
 __all__ = [
     "NAMESPACE",
     "REFERENCES",
+    "after",
     "bernoulli_indices",
     "conv_grad_input",
     "conv_grad_weight",

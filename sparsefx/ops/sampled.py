@@ -5,6 +5,7 @@
     sampled_mm_grad_weight(xs, grad, S, K, t)   its dL/dw from xs = x[:, S]: zero outside the rows S
     sampled_mm_weight(xs, grad, S, t)           x.T @ grad over rows S alone, from xs = x[S, :]
     gather_columns(x, S), gather_rows(x, S)     xs, all that a backward needs of x
+    after(x, others)                            x, once the others exist: makes them the forward's
     sampled_bmm, ...                            the same for [B, M, K] @ [B, K, N], S is [B, k]
 
 S comes from draws.py; ``scale`` and ``rest``, which most of these take, are told in gathers.py, and
@@ -173,6 +174,15 @@ gather_columns = define(
 gather_rows = define(
     f"gather_rows(Tensor x, Tensor indices, {PAIRS}) -> Tensor", _gather_rows, _gather_rows
 )
+
+# --- what a backward needs of a forward that does not use it
+
+
+def _after(x: Tensor, others: list[Tensor]) -> Tensor:
+    return x.clone()  # an op may not return what it was given
+
+
+after = define("after(Tensor x, Tensor[] others) -> Tensor", _after, _after)
 
 # --- batched products: each batch its own indices, or [1, k] for all
 

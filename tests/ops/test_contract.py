@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsefx import ops
@@ -88,6 +89,7 @@ def matrix_calls(dtype, layout):
         for scores in ("product", "left", "right"):
             yield name, ops.topk_mm_indices, (x, w, few, scores)
         yield name, ops.topk_mm_indices, (x, w, 0, "product")
+        yield name, ops.after, (x, [w, indices])
         for scores in ("product", "left", "right", "estimated", "uniform"):
             yield name, ops.mm_scores, (x, w, scores, scores == "left", False)
         yield from draw_calls(name, ops.mm_scores(x, w, "product"), few)
@@ -228,7 +230,7 @@ def described(x):
 def test_fake_has_the_real_shape_dtype_and_strides(dtype, layout):
     for name, op, args in calls(dtype, layout):
         with FakeTensorMode() as mode:
-            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+            fake = op(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
         real = op(*args)
         pairs = zip(fake, real, strict=True) if isinstance(real, tuple) else [(fake, real)]
         for one, other in pairs:
@@ -251,8 +253,9 @@ def test_every_op_has_a_flop_formula():
 
 def test_no_op_changes_what_it_is_given():
     for name, op, args in calls():
-        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        before = pytree.tree_map_only(torch.Tensor, torch.clone, args)
         op(*args)
-        for old, new in zip(before, args, strict=True):
+        pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(args), strict=True)
+        for old, new in pairs:
             same = torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
             assert same, (op.name(), name)

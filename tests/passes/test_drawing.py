@@ -170,12 +170,13 @@ def test_graph_of_rows_that_the_input_chooses(joint, every):
 %9 = getitem(%7, 1) : float32[3]
 %10 = gather_rows(%1, %8, %9, False) : float32[3, 8]
 %11 = mm(%1, %3) : float32[6, 5]
-%12 = sampled_mm_weight(%10, %2, %8, True) : float32[5, 8]
-%13 = permute(%12, [1, 0]) : float32[8, 5]
-%14 = permute(%3, [1, 0]) : float32[5, 8]
-%15 = mm(%2, %14) : float32[6, 8]
-%16 = permute(%13, [1, 0]) : float32[5, 8]
-return [%11, %16, %15]""",
+%12 = after(%11, [%8, %9, %10]) : float32[6, 5]
+%13 = sampled_mm_weight(%10, %2, %8, True) : float32[5, 8]
+%14 = permute(%13, [1, 0]) : float32[8, 5]
+%15 = permute(%3, [1, 0]) : float32[5, 8]
+%16 = mm(%2, %15) : float32[6, 8]
+%17 = permute(%14, [1, 0]) : float32[5, 8]
+return [%12, %17, %16]""",
     )
 
 
@@ -191,17 +192,18 @@ def test_graph_of_a_gradient_s_own_draw(joint, every):
 %3 = permute(%0, [1, 0]) : float32[8, 5]
 %4 = rand([5], dtype=float32, device=cpu, pin_memory=False) : float32[5]
 %5 = mm(%1, %3) : float32[6, 5]
-%6 = permute(%2, [1, 0]) : float32[5, 6]
-%7 = mm(%6, %1) : float32[5, 8]
-%8 = permute(%7, [1, 0]) : float32[8, 5]
-%9 = permute(%3, [1, 0]) : float32[5, 8]
-%10 = mm_scores(%2, %9, product, False, False) : float32[5]
-%11 = bernoulli_indices(%10, %4, 2, 5) : (int64[5], float32[5])
-%12 = getitem(%11, 0) : int64[5]
-%13 = getitem(%11, 1) : float32[5]
-%14 = sampled_mm(%2, %9, %12, None, %13, False) : float32[6, 8]
-%15 = permute(%8, [1, 0]) : float32[5, 8]
-return [%5, %15, %14]""",
+%6 = after(%5, [%4]) : float32[6, 5]
+%7 = permute(%2, [1, 0]) : float32[5, 6]
+%8 = mm(%7, %1) : float32[5, 8]
+%9 = permute(%8, [1, 0]) : float32[8, 5]
+%10 = permute(%3, [1, 0]) : float32[5, 8]
+%11 = mm_scores(%2, %10, product, False, False) : float32[5]
+%12 = bernoulli_indices(%11, %4, 2, 5) : (int64[5], float32[5])
+%13 = getitem(%12, 0) : int64[5]
+%14 = getitem(%12, 1) : float32[5]
+%15 = sampled_mm(%2, %10, %13, None, %14, False) : float32[6, 8]
+%16 = permute(%9, [1, 0]) : float32[5, 8]
+return [%6, %16, %15]""",
     )
 
 
@@ -274,8 +276,9 @@ def test_graph_of_a_convolution(joint, every):
 %9 = getitem(%7, 1) : float32[1, 2]
 %10 = gather_examples(%1, %8, %9, False) : float32[2, 8, 6]
 %11 = sampled_conv(%1, %0, %4, None, [1], [0], [1], 2, None, True) : float32[4, 4, 4]
-%12 = sampled_conv_weight(%2, %10, %8, [4, 4, 3], [1], [0], [1], 2, %9, False, True) : float32[4, 4, 3]
-return [%11, %12, None]""",  # noqa: E501
+%12 = after(%11, [%8, %9, %10]) : float32[4, 4, 4]
+%13 = sampled_conv_weight(%2, %10, %8, [4, 4, 3], [1], [0], [1], 2, %9, False, True) : float32[4, 4, 3]
+return [%12, %13, None]""",  # noqa: E501
     )
 
 
