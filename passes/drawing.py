@@ -127,14 +127,6 @@ def _kept(node: Node) -> Node:
     return node
 
 
-def keep_unless_checkpointed(gathered: Node) -> Node:
-    """Save what was gathered in place of its source, where the user asked for no recomputation.
-
-    In a region of ``torch.utils.checkpoint`` it is gathered again, by the indices that are saved.
-    """
-    return gathered if "recompute" in gathered.meta else _kept(gathered)
-
-
 # --- sizes
 
 

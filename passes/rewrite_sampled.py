@@ -33,7 +33,6 @@ from sparsefx.passes.drawing import (
     drawn_by,
     forward_of,
     hold,
-    keep_unless_checkpointed,
 )
 from sparsefx.plan import Plan
 from sparsefx.policy import sampled_exact
@@ -158,9 +157,7 @@ def _save(node: Node, drawn: Drawn, op: object, x: Node, plan: Plan) -> Node:
     """Gather in the forward, right behind the draw, so that the partitioner saves M x k."""
     last = max(found for found in (drawn.indices, drawn.scale) if found is not None)
     like = forward_of(node, plan) or last
-    return keep_unless_checkpointed(
-        emit(like, op, x, drawn.indices, *drawn.pairs(), before=last.next)
-    )
+    return emit(like, op, x, drawn.indices, *drawn.pairs(), before=last.next)
 
 
 # --- a grad_weight whose rows the input alone chooses: in the forward, which saves only these
@@ -179,15 +176,9 @@ def _rows_of_input(
     rows = x if turned else flip(forward, x)
     # the gradient has no say: scores of the left operand alone
     drawn = draw_columns(forward, flip(forward, rows), rows, replace(plan, flipped=False), pattern)
-    xs = emit(forward, ops.gather_rows, rows, drawn.indices, *drawn.pairs())
-    return _held(forward, xs, drawn), drawn
-
-
-def _held(forward: Node, xs: Node, drawn: Drawn) -> Node:
-    """Have the forward save what was drawn, and what was gathered by it."""
-    keep_unless_checkpointed(xs)
-    hold(forward, drawn.indices, drawn.scale, xs)
-    return xs
+    # whether to save these rows, or make them of what is kept anyway, is the partitioner's
+    hold(forward, drawn.indices, drawn.scale)
+    return emit(forward, ops.gather_rows, rows, drawn.indices, *drawn.pairs()), drawn
 
 
 def _chosen_early(node: Node, plan: Plan, pattern: Sampled) -> Node | None:
@@ -240,8 +231,8 @@ def _conv_grad_weight(draws: Draws, node: Node) -> Node | Skip | None:
     forward = _chosen_early(node, plan, pattern)
     if forward is not None and not is_backward(x) and x < forward:
         drawn = draw_channels(forward, x, x, "batch", 1, plan, pattern)
+        hold(forward, drawn.indices, drawn.scale)
         xs = emit(forward, ops.gather_examples, x, drawn.indices, *drawn.pairs())
-        xs = _held(forward, xs, drawn)
         last = drawn.indices, sizes, *where, drawn.scale, drawn.rest, True
         return emit(node, ops.sampled_conv_weight, grad, xs, *last)
     drawn = draw_channels(node, x, grad, "batch", 1, plan, pattern)

@@ -170,7 +170,7 @@ def test_graph_of_rows_that_the_input_chooses(joint, every):
 %9 = getitem(%7, 1) : float32[3]
 %10 = gather_rows(%1, %8, %9, False) : float32[3, 8]
 %11 = mm(%1, %3) : float32[6, 5]
-%12 = after(%11, [%8, %9, %10]) : float32[6, 5]
+%12 = after(%11, [%8, %9]) : float32[6, 5]
 %13 = sampled_mm_weight(%10, %2, %8, True) : float32[5, 8]
 %14 = permute(%13, [1, 0]) : float32[8, 5]
 %15 = permute(%3, [1, 0]) : float32[5, 8]
@@ -276,7 +276,7 @@ def test_graph_of_a_convolution(joint, every):
 %9 = getitem(%7, 1) : float32[1, 2]
 %10 = gather_examples(%1, %8, %9, False) : float32[2, 8, 6]
 %11 = sampled_conv(%1, %0, %4, None, [1], [0], [1], 2, None, True) : float32[4, 4, 4]
-%12 = after(%11, [%8, %9, %10]) : float32[4, 4, 4]
+%12 = after(%11, [%8, %9]) : float32[4, 4, 4]
 %13 = sampled_conv_weight(%2, %10, %8, [4, 4, 3], [1], [0], [1], 2, %9, False, True) : float32[4, 4, 3]
 return [%12, %13, None]""",  # noqa: E501
     )
