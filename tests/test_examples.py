@@ -138,3 +138,29 @@ def test_train_gpt_goes_on_where_it_stopped(root: Path, tmp_path: Path):
     assert "give the same options, or another --out" in other.stderr
     shorter = start(root, *tiny, "--steps", "3", "--out", str(tmp_path / "stopped"))
     assert "is at step 4 already, without a value at step 3" in shorter.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs gloo")
+def test_ddp_sampled(root: Path):
+    alone = start(root, "ddp_sampled.py")
+    assert alone.returncode == 1
+    assert alone.stderr == (
+        "run it with torchrun: torchrun --nproc_per_node 2 examples/ddp_sampled.py\n"
+    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = subprocess.run(
+        [sys.executable, "-P", *torchrun, str(root / "examples" / "ddp_sampled.py"),
+         "--codegen", "aot_eager", "--epochs", "3"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    assert "module.fc2.weight  128 of 256 slices along axis 1" in done.stdout
+    assert "buckets sent again" in done.stdout
+    dense, sampled = (line.split() for line in done.stdout.splitlines()[-2:])
+    assert (dense[0], sampled[0]) == ("dense", "sampled")
+    megabytes = [float(row[row.index("MB") - 1]) for row in (dense, sampled)]
+    assert 0.5 < megabytes[1] / megabytes[0] < 0.65
+    assert done.stdout.count("weights the same on all ranks") == 2
