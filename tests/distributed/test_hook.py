@@ -435,6 +435,45 @@ def check_what_is_sent_in_full() -> None:
     assert rows(hooked)["module.2.weight"] == "no product of it is sampled"
 
 
+def check_a_schedule_of_ratios() -> None:
+    """Each ratio is compiled when it is met; without a warning the slices follow."""
+    runs, schedules, sent = [], [], []
+    for on in (False, True):
+        schedule = sfx.RatioSchedule(0.25, 0.75, steps=8, shape="step", levels=3)
+        pattern = sfx.Sampled(schedule, scores="weight")
+        runs.append(Run(mlp, on, asked=config(pattern)))
+        schedules.append(schedule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sfx.SparsefxWarning)
+        for _ in range(12):
+            for run, schedule in zip(runs, schedules, strict=True):
+                run.step()
+                schedule.step()
+            sent.append(runs[1].state.traffic.last_sent)
+    assert_same(*runs)
+    assert sent[1] < sent[-1] < runs[1].state.traffic.last_dense
+    assert runs[1].state.traffic.resent == 2  # at each of the two jumps upwards
+
+
+def check_seeds_alike_and_apart() -> None:
+    """Random draws follow each rank's seed; they travel whole, and none is lost."""
+    pattern = sfx.Sampled(0.5, estimator="systematic", scores="weight")
+    runs = [Run(mlp, on, asked=config(pattern)) for on in (False, True)]
+    for seeds_differ in (False, True):
+        for run in runs:
+            torch.manual_seed(dist.get_rank() if seeds_differ else 7)
+            run.optimizer.zero_grad()
+            with run.ddp.no_sync():
+                run.backward()
+            used = run.model[0].weight.grad.ne(0).any(0)
+            found = [torch.empty_like(used) for _ in range(2)]
+            dist.all_gather(found, used, group=PAIR)
+            assert torch.equal(*found) is not seeds_differ
+            run.step()
+        assert_same(*runs)
+    assert "drawn at random" in rows(runs[1])["module.2.weight"]
+
+
 def check_a_model_that_is_not_compiled() -> None:
     ddp = DDP(mlp(), process_group=PAIR)
     state = SampledAllreduceState(ddp, PAIR)
