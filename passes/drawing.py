@@ -53,7 +53,7 @@ def drawn_by(node: Node) -> Drawn | None:
 def draw_columns(node: Node, left: Node, right: Node, plan: Plan, pattern: Sampled) -> Drawn:
     """Choose pairs of left [*, M, K] @ right [*, K, N] before ``node``."""
     depth = size(node, left, value(left).dim() - 1)
-    scores = _side(plan, pattern)
+    scores = side_of(plan, pattern)
     shared = pattern.shared and value(left).dim() == 3
     if _plain(pattern) and scores in ("left", "right", "product") and not shared:
         k = count(node, depth, pattern)
@@ -72,7 +72,7 @@ def draw_channels(
         depth = value(w).shape[0] // groups
     elif axis == "batch":
         depth = size(node, x, 0)
-    scores = _SIDES.get(pattern.scores, pattern.scores)
+    scores = SIDES.get(pattern.scores, pattern.scores)
     if _plain(pattern) and scores in ("left", "right", "product"):
         k = count(node, depth, pattern)
         return Drawn(_kept(emit(node, ops.topk_conv_indices, x, w, k, axis, groups, scores)))
@@ -85,12 +85,12 @@ def _plain(pattern: Sampled) -> bool:
     return pattern.estimator == "topk" and pattern.mass is None
 
 
-_SIDES = {"weight": "right", "input": "left"}
+SIDES = {"weight": "right", "input": "left"}
 
 
-def _side(plan: Plan, pattern: Sampled) -> str:
+def side_of(plan: Plan, pattern: Sampled) -> str:
     """Which operand's norms score: a transposed product has the weight on the left."""
-    side = _SIDES.get(pattern.scores, pattern.scores)
+    side = SIDES.get(pattern.scores, pattern.scores)
     turned = plan.flipped != (plan.site.role == "forward" and plan.site.weight == "left")
     if turned and side in ("left", "right"):
         return "left" if side == "right" else "right"
@@ -161,7 +161,7 @@ def forward_of(node: Node, plan: Plan) -> Node | None:
             return None
         found = plan_of(other)
         if found and found.site.group == plan.site.group and found.site.role == "forward":
-            return other
+            return other  # type: ignore[no-any-return]
     return None
 
 

@@ -6,6 +6,7 @@ from sparsefx import kernels, masks, ops, sparsifiers
 from sparsefx.config import NM, Dense, Masked, Rule, Sampled, SparseConfig, preset
 from sparsefx.errors import (
     ConfigError,
+    DiagnosticsError,
     ExportError,
     KernelError,
     MaskError,
@@ -25,6 +26,7 @@ __all__ = [
     "NM",
     "ConfigError",
     "Dense",
+    "DiagnosticsError",
     "ExportError",
     "KernelError",
     "MaskError",
@@ -59,6 +61,10 @@ def __getattr__(name: str) -> Any:
         from sparsefx import permutation
 
         return getattr(permutation, name)
+    if name == "diagnostics":
+        import sparsefx.diagnostics as diagnostics
+
+        return diagnostics
     if name == "distributed":
         import sparsefx.distributed as distributed
 

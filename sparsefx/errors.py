@@ -35,3 +35,7 @@ class SparsefxWarning(UserWarning):
 
 class PermutationError(SparsefxError, RuntimeError):
     """A permutation that would change the model's function: the message names the channels."""
+
+
+class DiagnosticsError(SparsefxError, ValueError):
+    """A model, batch or loss that can't be measured: the message says what to pass instead."""

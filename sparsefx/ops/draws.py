@@ -16,6 +16,8 @@ taken, so that it shows itself.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -118,7 +120,8 @@ def _bernoulli(scores: Tensor, noise: Tensor, k: int, size: int) -> Pair:
     count = (keys < 1).sum(-1, keepdim=True)
     order = torch.sort(keys, dim=-1, stable=True)[1].narrow(-1, 0, size)
     indices = torch.sort(order, dim=-1)[0]
-    thinned = (count / torch.sym_max(size, 1)).clamp(min=1.0)
+    room: Any = torch.sym_max(size, 1)  # type: ignore[no-untyped-call]
+    thinned = (count / room).clamp(min=1.0)
     scale = thinned * _inverse(p.gather(-1, indices))
     return indices, torch.where(keys.gather(-1, indices) < 1, scale, 0.0).to(scores.dtype)
 

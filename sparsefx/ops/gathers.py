@@ -93,12 +93,13 @@ def outside(indices: Tensor, size: Any, like: Tensor) -> Tensor:
 
 def mean_of_others(total: Tensor, whole: Tensor, picked: Tensor, dim: int) -> Tensor:
     """Total / how many of ``whole`` along ``dim`` were not picked; 0 where none were left out."""
-    return (total / count_of_others(whole.shape[dim], picked.shape[dim])).to(whole.dtype)
+    mean: Tensor = total / count_of_others(whole.shape[dim], picked.shape[dim])
+    return mean.to(whole.dtype)
 
 
 def count_of_others(size: Any, k: Any) -> Any:
     """How many pairs ``rest`` stands for, at least 1."""
-    return torch.sym_max(size - k, 1)
+    return torch.sym_max(size - k, 1)  # type: ignore[no-untyped-call]
 
 
 # --- putting back

@@ -56,7 +56,7 @@ def input_channels(
     if not rest:
         return xs
     others = x * _along(outside(indices, per_group, x), x, 1)
-    return _with_rest(xs, others.unflatten(1, (groups, -1)).sum(2), groups)
+    return _with_rest(xs, torch.unflatten(others, 1, (groups, -1)).sum(2), groups)
 
 
 def _with_rest(picked: Tensor, rest: Tensor, groups: int) -> Tensor:
@@ -64,7 +64,7 @@ def _with_rest(picked: Tensor, rest: Tensor, groups: int) -> Tensor:
     rest = rest.to(picked.dtype)
     if groups == 1:
         return torch.cat([picked, rest], 1)
-    each = torch.cat([picked.unflatten(1, (groups, -1)), rest.unsqueeze(2)], 2)
+    each = torch.cat([torch.unflatten(picked, 1, (groups, -1)), rest.unsqueeze(2)], 2)
     return each.flatten(1, 2)
 
 
@@ -110,9 +110,9 @@ def output_channels(w: Tensor, indices: Tensor, rest: bool = False) -> Tensor:
     if not rest:
         return ws
     others = w * _along(outside(indices, per_group, w), w, 0)
-    total = others.unflatten(0, (groups, -1)).sum(1, keepdim=True)  # [groups, 1, in, *taps]
+    total = torch.unflatten(others, 0, (groups, -1)).sum(1, keepdim=True)  # [groups, 1, in, *taps]
     mean = (total / count_of_others(per_group, indices.shape[1])).to(w.dtype)
-    return torch.cat([ws.unflatten(0, (groups, -1)), mean], 1).flatten(0, 1)
+    return torch.cat([torch.unflatten(ws, 0, (groups, -1)), mean], 1).flatten(0, 1)
 
 
 def examples_of(
@@ -160,7 +160,7 @@ def _sampled_conv_grad_input(
     values = dense._grad_input(grad, ws, size, stride, padding, dilation, groups)
     chosen, others = channels_of(indices, w.shape[1]), None
     if rest:
-        each = values.unflatten(1, (count, k + 1))
+        each = torch.unflatten(values, 1, (count, k + 1))
         values = each[:, :, :k].flatten(1, 2)
         others = each[:, :, k:].expand(-1, -1, w.shape[1], *input_size[2:]).flatten(1, 2)
     return spread(values, chosen, input_size[1], 1, others)

@@ -75,9 +75,10 @@ def _places(size: Any, device: torch.device) -> Tensor | None:
     """Where to look for an estimate: [32] places below ``size``; None is everywhere."""
     if isinstance(size, int) and size <= ROWS:
         return None
-    count = torch.sym_min(size, ROWS)
+    count = torch.sym_min(size, ROWS)  # type: ignore[no-untyped-call]
     turns = torch.arange(count, dtype=torch.float64, device=device) * _GOLDEN
-    return ((turns - turns.floor()) * size).to(torch.int64)
+    places: Tensor = (turns - turns.floor()) * size
+    return places.to(torch.int64)
 
 
 def _some(x: Tensor, dim: int) -> Tensor:
@@ -140,11 +141,11 @@ def conv_squares(
         return _within(x.unsqueeze(0), 0, 1, centred), _within(w.unsqueeze(0), 0, 1, centred)
     if estimated:
         x = _somewhere(x, 1)
-    filters = w.unflatten(0, (groups, -1))  # [groups, out, in, *taps]
+    filters = torch.unflatten(w, 0, (groups, -1))  # [groups, out, in, *taps]
     kept = 2 if axis == "in" else 1
     if estimated:
         filters = _some(filters, 3 - kept)
-    left = _within(x.unflatten(1, (groups, -1)), 1, 2, centred)
+    left = _within(torch.unflatten(x, 1, (groups, -1)), 1, 2, centred)
     return left, _within(filters, 0, kept, centred)
 
 
