@@ -19,7 +19,7 @@ from sparsefx.config import Sampled
 from sparsefx.distributed.slices import Cut, Slices, slices_of
 from sparsefx.report.graphs import TracedGraph
 
-_NOT_SAMPLED = "no product of it is sampled"
+_NOT_SAMPLED = "its gradient follows no sampled forward"
 _DEVICE_INDEX = re.compile(r", index=\d+")  # each rank has its own
 
 
@@ -139,7 +139,7 @@ class Planner:
 
     def seen(self) -> tuple[object, ...]:
         """Return what a plan is made from."""
-        return tuple(part for r in self._records() for part in (r, r.outcome, r.config))
+        return tuple(part for r, _ in self._records() for part in (r, r.outcome, r.config))
 
     def is_current(self, plan: Plan) -> bool:
         """Whether nothing was compiled since a plan was made."""
@@ -156,12 +156,12 @@ class Planner:
         tensors = _tensors(self.model)
         prefixes = list(dict.fromkeys(plain_name(name) for name, _ in self.model.named_modules()))
         found: dict[int, list[_Found]] = {}
-        for record in self._records():
+        for record, own in self._records():
             slices = _read_once(record)
             for start, known in _places(record, prefixes, tensors):
                 for name, tensor in known.items():
                     if name in slices:
-                        one = _Found(slices[name], record, known, start)
+                        one = _Found(slices[name], record, known, start, own)
                         found.setdefault(id(tensor), []).append(one)
         for name, param in self.model.named_parameters():
             entry = _entry(plain_name(name), param, found.get(id(param), []))
@@ -171,13 +171,18 @@ class Planner:
                 plan.sliced[id(param)] = entry
         return plan
 
-    def _records(self) -> list[Compilation]:
-        """Return the graphs that were compiled for this model, or for another compiled alike."""
+    def _records(self) -> list[tuple[Compilation, bool]]:
+        """Return graphs compiled for this model (True), or for another that is compiled alike."""
         holders = [*filter(compat.is_compiled, self.model.modules()), *self.compiled]
         wrappers = [found for holder in holders if (found := compat.wrapper_of(holder)) is not None]
         alike = [other for wrapper in wrappers for other in compat.wrappers_like(wrapper)]
-        records = [record for wrapper in alike for record in getattr(wrapper, "_sparsefx", ())]
-        return list({id(record): record for record in records}.values())
+        own = {id(record) for wrapper in wrappers for record in _shelf(wrapper)}
+        records = {id(record): record for wrapper in alike for record in _shelf(wrapper)}
+        return [(record, key in own) for key, record in records.items()]
+
+
+def _shelf(wrapper: Any) -> Sequence[Compilation]:
+    return getattr(wrapper, "_sparsefx", ())
 
 
 # --- whose parameters a graph names
@@ -263,12 +268,14 @@ class _Found:
     record: Compilation
     tensors: Mapping[str, Tensor]
     start: str
+    own: bool
 
 
 def _entry(name: str, param: Tensor, found: Sequence[_Found]) -> Sliced | str:
     """Merge what all graphs say of a parameter; a reason where slices are of no use."""
     if type(param) not in (Tensor, nn.Parameter):
         return f"it is a {type(param).__name__}"
+    found = [one for one in found if one.own] or found
     reasons = [one.slices for one in found if isinstance(one.slices, str)]
     sliced = [one for one in found if not isinstance(one.slices, str)]
     places = {(one.slices.axis, one.slices.groups) for one in sliced}  # type: ignore[union-attr]

@@ -93,6 +93,8 @@ def _follow(node: Node) -> Slices:
     if node.target is ops.sampled_conv_grad_weight:
         indices, groups = arguments(node)[2], arguments(node)[7]
         return _slices(1, groups, indices, arguments(node)[8:])
+    if node.target is ops.sampled_mm_grad_input:  # of w @ x, the left operand's gradient
+        return _slices(1, 1, arguments(node)[2], arguments(node)[4:])
     rule = _THROUGH.get(node.target)
     if rule is None:
         raise _DenseError(f"its gradient comes from {op_name(node.target)}, not a sampled product")

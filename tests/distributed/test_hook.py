@@ -422,17 +422,17 @@ def check_parts_that_are_compiled() -> None:
 def check_what_is_sent_in_full() -> None:
     patterns = {
         "its indices depend on activations: use scores='weight'": sfx.Sampled(0.5),
-        "its gradient comes from mm, not a sampled product": HALF,
+        "its gradient follows no sampled forward": HALF,
     }
     for reason, pattern in patterns.items():
         own = {"grad_weight": sfx.Dense()} if pattern is HALF else {}
         hooked, _ = both(mlp, asked=config(pattern, **own))
         assert rows(hooked)["module.2.weight"] == reason
     hooked, _ = both(mlp, asked=config(HALF, match="none"))
-    assert rows(hooked)["module.2.weight"] == "no product of it is sampled"
+    assert rows(hooked)["module.2.weight"] == "its gradient follows no sampled forward"
     narrow = sfx.Sampled(0.5, min_k=32, scores="weight")
     hooked, _ = both(mlp, asked=config(narrow))
-    assert rows(hooked)["module.2.weight"] == "no product of it is sampled"
+    assert rows(hooked)["module.2.weight"] == "its gradient follows no sampled forward"
 
 
 def check_a_schedule_of_ratios() -> None:
