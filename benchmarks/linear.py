@@ -1,23 +1,17 @@
 """Forward and backward of a linear layer: dense, column-row sampled by sparsefx, and by hand.
 
     python benchmarks/linear.py [--device cpu|cuda] [--sizes 1024 2048] [--ratios .3] [--json PATH]
+    python benchmarks/linear.py --sizes 2048 4096 --batch 2048 --roofline
 
-Every layer is N x N, sees 1024 rows that require a gradient, and computes all three products. The
-contestants of a size and ratio run in turns in one process; a speed-up is the median over rounds of
-dense time / own time, so what disturbs a round disturbs both. Values are checked before timing.
+Every layer is N x N, sees ``--batch`` rows that require a gradient, and computes all three
+products. The contestants of a size and ratio run in turns in one process; values are checked before
+timing. ``--roofline`` adds the limit that this machine sets, see roofline.py.
 """
 
 import argparse
-import contextlib
-import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +21,14 @@ from torch import Tensor, nn
 
 import sparsefx as sfx
 
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
+
+import roofline
+from timing import factor, machine, race, show, spread_of, where, write
+
 BATCH = 1024
 SIZES = [64, 128, 256, 512, 1024, 2048, 4096]
 RATIOS = [0.1, 0.3, 0.5]
-WARM_UP = 3  # rounds: the first ones compile and fill the allocator
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class Row:
         float | None
     )  # |y - exact| / |exact| of what is sampled first: y, else the input's gradient
     kept: float | None  # share of the scores' sum that the kept pairs hold
+    limit: float | None = None  # the speed-up that the machine allows, under --roofline
 
 
 # --- the peer: column-row sampling as one writes it by hand (Adelman et al., 2021)
@@ -185,65 +184,60 @@ def check(field: list[Contestant], x: Tensor, grad: Tensor, ratio: float) -> Non
 # --- time
 
 
-def timed(layer: Callable[..., Tensor], x: Tensor, grad: Tensor) -> float:
-    """Milliseconds of one forward and backward."""
+def step(layer: Callable[..., Tensor], x: Tensor, grad: Tensor) -> None:
+    """One forward and backward."""
     x.grad = None
     for parameter in layer.parameters():  # type: ignore[attr-defined]
         parameter.grad = None
-    if x.is_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        layer(x).backward(grad)
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end))
-    before = time.perf_counter()
     layer(x).backward(grad)
-    return (time.perf_counter() - before) * 1e3
 
 
-def race(field: list[Contestant], x: Tensor, grad: Tensor, rounds: int) -> list[list[float]]:
-    """Times of each contestant, in turns; the first of a round changes with the round."""
+def run(field: list[Contestant], x: Tensor, grad: Tensor, rounds: int) -> list[list[float]]:
     x = x.detach().requires_grad_()
-    times: list[list[float]] = [[] for _ in field]
-    for turn in range(WARM_UP + rounds):
-        for i in range(len(field)):
-            at = (turn + i) % len(field)
-            spent = timed(field[at].layer, x, grad)
-            if turn >= WARM_UP:
-                times[at].append(spent)
-    return times
+    return race([partial(step, one.layer, x, grad) for one in field], rounds, x.is_cuda)
 
 
 Times = Sequence[float]
 
 
 def summary(size: int, ratio: float | None, one: Contestant, own: Times, dense: Times) -> Row:
-    cuts = statistics.quantiles(own, n=5, method="inclusive")
-    return Row(
-        size, ratio, one.method, statistics.median(own), cuts[0], cuts[-1],
-        statistics.median(d / o for d, o in zip(dense, own, strict=True)),
-        one.ideal, one.error, one.kept,
-    )  # fmt: skip
+    found = spread_of(own, dense)
+    return Row(size, ratio, one.method, **found, ideal=one.ideal, error=one.error, kept=one.kept)
 
 
 def measure(size: int, ratios: Sequence[float], args: argparse.Namespace) -> list[Row]:
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(size)
     layer = nn.Linear(size, size).to(args.device, dtype)
-    x = torch.randn(BATCH, size, device=args.device, dtype=dtype)
-    grad = torch.randn(BATCH, size, device=args.device, dtype=dtype)
+    x = torch.randn(args.batch, size, device=args.device, dtype=dtype)
+    grad = torch.randn(args.batch, size, device=args.device, dtype=dtype)
     rows = []
     for ratio in ratios:
         torch.compiler.reset()
         field = contestants(layer, ratio, args.codegen)
         check(field, x, grad, ratio)
-        times = race(field, x, grad, args.rounds)
-        rows += [summary(size, ratio, c, t, times[0]) for c, t in zip(field, times, strict=True)]
+        times = run(field, x, grad, args.rounds)
+        new = [summary(size, ratio, c, t, times[0]) for c, t in zip(field, times, strict=True)]
+        if args.roofline:
+            new[1] = with_limit(new[1], new[0].median, x, grad, layer, args.rounds)
+        rows += new
     if args.device == "cuda":
         rows += masked(size, layer, x, grad, args)
     return rows
+
+
+def with_limit(
+    row: Row, dense: float, x: Tensor, grad: Tensor, layer: nn.Linear, rounds: int
+) -> Row:
+    """Say what the limit of a row is made of, and put it in."""
+    w, bias = layer.weight.detach(), layer.bias.detach()
+    found = roofline.steps(x, w, grad, bias, max(1, int((row.ratio or 1) * row.size)), rounds)
+    limit = dense / roofline.total(found)
+    print(f"roofline, N={row.size}, ratio={row.ratio:g}: dense {dense:.2f} ms, limit {limit:.2f}x")
+    for part in found:
+        moved = f"{(part.read + part.written) / 1e6:.1f} MB" if part.read + part.written else ""
+        print(f"  {part.name:22}{part.time:8.2f} ms  {moved:>10}")
+    return replace(row, limit=limit)
 
 
 def masked(
@@ -265,97 +259,47 @@ def masked(
         raise SystemExit(f"nm_mm, N={size}: y is off by {off:.2e} (allowed: {bound:.2e})")
     field[1].error = distance(found, gradients(field[0].layer, x, grad)[0])
     field[1].kept = float(kept.abs().sum() / weight.abs().sum())
-    times = race(field, x, grad, args.rounds)
+    times = run(field, x, grad, args.rounds)
     return [summary(size, None, field[1], times[1], times[0])]
 
 
 # --- what comes out
 
-
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), cpu)
-    return {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),  # "passive" suits a busy machine
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "batch": BATCH,
-        "dtype": args.dtype,
-        "codegen": args.codegen,
-        "rounds": args.rounds,
-        "load": os.getloadavg()[0],
-    }
-
-
-def commit() -> str | None:
-    """Return the checkout's commit, "-dirty" where measured files differ; None outside of git."""
-    git = partial(
-        subprocess.run, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
-    )
-    try:
-        head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        measured = ["sparsefx", "passes", "kernels", "benchmarks/linear.py"]
-        changed = git(["git", "status", "--porcelain", "--", *measured]).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{head}-dirty" if changed else str(head)
-
-
-HEADINGS = (
-    "N",
-    "ratio",
-    "method",
-    "ms",
-    "p20-p80",
-    "x dense",
-    "ideal",
-    "of ideal",
-    "error",
-    "kept",
-)
+HEADINGS = [
+    "N", "ratio", "method", "ms", "p20-p80", "x dense", "ideal", "of ideal", "error", "kept",
+]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
-    return [
+    found = [
         str(row.size),
         "" if row.ratio is None else f"{row.ratio:g}",
         row.method,
         f"{row.median:.2f}",
         f"{row.p20:.2f}-{row.p80:.2f}",
-        f"{row.speedup:.2f}" + (" <" if row.speedup < 0.995 else ""),
+        factor(row.speedup),
         f"{row.ideal:.2f}",
         f"{row.speedup / row.ideal:.0%}",
         "" if row.error is None else f"{row.error:.3f}",
         "" if row.kept is None else f"{row.kept:.0%}",
     ]
+    if row.limit is not None:
+        found += [f"{row.limit:.2f}", f"{row.speedup / row.limit:.0%}"]
+    return found
 
 
-def show(rows: Sequence[Row], facts: dict[str, Any]) -> None:
-    """Print a table; plain lines on a machine without rich ("<": slower than dense)."""
+def table(rows: Sequence[Row], facts: dict[str, Any]) -> None:
+    """Print all rows, a line between sizes and ratios."""
     title = f"linear N x N, batch {facts['batch']}, {facts['dtype']}, forward + backward"
-    where = f"{facts['device']}, {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
-    caption = f"{where}, median of {facts['rounds']}; <: slower than dense"
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(title, caption, "\t".join(HEADINGS), sep="\n")
-        print(*("\t".join(cells(row)) for row in rows), sep="\n")
-        return
-    made = Table(title=title, caption=caption)
-    for heading in HEADINGS:
-        made.add_column(heading, justify="left" if heading == "method" else "right")
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        ends = after is None or (after.size, after.ratio) != (row.size, row.ratio)
-        made.add_row(*cells(row), end_section=ends)
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(made)
+    caption = f"{where(facts)}, median of {facts['rounds']}; <: slower than dense"
+    limited = any(row.limit is not None for row in rows)
+    lines = [cells(row) + [""] * (2 * (limited and row.limit is None)) for row in rows]
+    places = dict.fromkeys((row.size, row.ratio) for row in rows)
+    blocks = [
+        [line for line, row in zip(lines, rows, strict=True) if (row.size, row.ratio) == place]
+        for place in places
+    ]
+    show(title, caption, [*HEADINGS, *(["limit", "of limit"] if limited else [])], blocks)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -366,6 +310,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ratios", type=float, nargs="+", help=f"default: {RATIOS}")
     parser.add_argument("--rounds", type=int, help="timed repetitions, at least 2; default: 20")
     parser.add_argument("--codegen", choices=("inductor", "aot_eager"), default="inductor")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"rows; default: {BATCH}")
+    parser.add_argument("--roofline", action="store_true", help="add what the machine allows")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--quick", action="store_true", help="other defaults: 1024, 0.3, 5 rounds")
     args = parser.parse_args(argv)
@@ -373,6 +319,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.ratios = args.ratios or ([0.3] if args.quick else RATIOS)
     args.rounds = args.rounds or (5 if args.quick else 20)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if args.roofline and (args.device, args.dtype) != ("cpu", "float32"):
+        parser.error("--roofline knows the bytes of float32 on a CPU alone")
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: at least 2 are needed for quantiles")
     return args
@@ -381,16 +329,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Measure, print, and write what was asked for."""
     args = arguments(argv)
-    facts = machine(args)
+    chosen = {key: getattr(args, key) for key in ("batch", "dtype", "codegen", "rounds")}
+    facts = {**machine(args.device, "linear.py"), **chosen}
     rows: list[Row] = []
     for size in args.sizes:
         print(f"N={size} ...", file=sys.stderr)
         rows += measure(size, args.ratios, args)
-    show(rows, facts)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {**facts, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    table(rows, facts)
+    write(args.json, {**facts, "rows": [asdict(row) for row in rows]})
     return rows
 
 

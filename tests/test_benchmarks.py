@@ -13,12 +13,23 @@ HERE = Path(__file__).parent
 TINY = ["--codegen", "aot_eager", "--rounds", "2", "--sizes", "40", "--ratios", "0.3"]
 
 
-@pytest.fixture(scope="module")
-def linear() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("linear", HERE.parent / "benchmarks/linear.py")
+def script(name: str) -> ModuleType:
+    path = HERE.parent / f"benchmarks/{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def linear() -> ModuleType:
+    return script("linear")
+
+
+@pytest.fixture(scope="module")
+def conv() -> ModuleType:
+    return script("conv")
 
 
 def test_a_tiny_run_prints_and_writes_every_contestant(linear, tmp_path, capsys):
@@ -55,13 +66,61 @@ def test_nothing_is_timed_when_values_are_wrong(linear, monkeypatch):
         linear.main(TINY)
 
 
+def test_the_limit_is_made_of_steps_and_speedups_are_told_against_it(linear, tmp_path, capsys):
+    path = tmp_path / "limit.json"
+    linear.main([*TINY, "--roofline", "--json", str(path)])
+    _, forward, *others = json.loads(path.read_text())["rows"]
+    printed = capsys.readouterr().out
+    assert forward["limit"] > 0
+    assert [row["limit"] for row in others] == [None, None]
+    for step in ("product, grad_weight", "scores", "gather", "spread", "bias"):
+        assert step in printed
+    assert f"{forward['speedup'] / forward['limit']:.0%}" in printed
+
+
+def test_the_limit_counts_the_bytes_that_no_way_does_without(linear):
+    m, n, depth, k = 6, 10, 32, 8
+    x, w, grad = torch.randn(m, depth), torch.randn(n, depth), torch.randn(m, n)
+    linear.roofline.STREAM = 1 << 12
+    found = linear.roofline.steps(x, w, grad, torch.randn(n), k, 2)
+    bytes_of = {step.name: (step.read, step.written) for step in found[3:]}
+    both = 4 * depth * (m + n)
+    assert bytes_of == {
+        "scores": (both, 0),
+        "gather": (pytest.approx(both * (1 - 0.75**16)), both / 4),
+        "spread": (0, both),
+        "bias": (4 * m * n, 0),
+    }
+    assert linear.roofline.total(found) == sum(step.time for step in found) > 0
+
+
+def test_the_limit_is_for_what_it_knows(linear, capsys):
+    with pytest.raises(SystemExit):
+        linear.main([*TINY, "--roofline", "--dtype", "bfloat16"])
+    assert "--roofline knows the bytes of float32 on a CPU alone" in capsys.readouterr().err
+
+
+def test_convolutions_of_every_layout_are_compared_before_they_are_timed(conv, tmp_path, capsys):
+    path = tmp_path / "conv.json"
+    shapes = [conv.Shape(2, 6, 4, 5), conv.Shape(2, 6, 6, 5, stride=2, groups=2)]
+    conv.main(["--codegen", "aot_eager", "--rounds", "2", "--json", str(path)], shapes)
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 2 * (4 + 3)  # nobody writes the grouped one by hand
+    assert {row["layout"] for row in rows} == {"contiguous", "channels_last"}
+    assert [row["ideal"] for row in rows[:4]] == pytest.approx([1, 2, 1.5, 2])
+    assert "3x3 6-6, 5x5, stride 2, 2 groups, batch 2" in capsys.readouterr().out
+
+
+def test_convolutions_that_differ_are_not_timed(conv, monkeypatch):
+    monkeypatch.setattr(conv, "by_hand", lambda layer, k: lambda x: 1.01 * layer(x))
+    monkeypatch.setattr(conv, "race", lambda *_: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match=r"3x3 4-4, 5x5, batch 2, contiguous, ratio=0.5: .* off"):
+        conv.main(["--codegen", "aot_eager"], [conv.Shape(2, 4, 4, 5)])
+
+
 def test_permutation_keeps_more_and_says_how_much(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("perm", HERE.parent / "benchmarks/permutation.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["perm"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
     path = tmp_path / "perm.json"
-    module.main(["--sizes", "32", "--patterns", "2:4", "3:8", "--json", str(path)])
+    script("permutation").main(["--sizes", "32", "--patterns", "2:4", "3:8", "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     assert [(row["weights"], row["pattern"]) for row in rows] == [
         ("normal", "2:4"),
