@@ -4,8 +4,9 @@
     python examples/recipes --recipe cnn --data ~/mnist           # on MNIST files
     python examples/recipes --recipe wideresnet --depth 16 --width 4 --data ~/cifar
     python examples/recipes --recipe mlp --sampling backward      # unbiased, in the gradients only
-    python examples/recipes --digits-table                        # every estimator, 6 to 8 minutes
+    python examples/recipes --digits-table                        # every estimator: 145 trainings
 
+With digits, 1297 images, the recipes that use SGD take few steps: give them more --epochs.
 Sampling is a config: the nets (networks.py) know nothing of it. The first layer is exempt by a
 rule, the last by keep_output_dense, and whatever is narrower than --min-k by the pattern.
 """
