@@ -242,7 +242,8 @@ class _Cutting:
 
     def _zeros(self, like: Node, shape: list[Any]) -> Node:
         found: Tensor = value(like)
-        if not all(isinstance(compat.settled(size), int) for size in shape):
+        shape = [compat.settled(size) for size in shape]
+        if not all(isinstance(size, int) for size in shape):
             raise _DenseError("the number of its slices is not known when compiling")
         options: dict[str, Any] = {"dtype": found.dtype, "device": found.device}
         return self.graph.call_function(aten.full.default, (shape, 0), options)

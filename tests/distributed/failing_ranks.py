@@ -1,15 +1,10 @@
-"""A rank that dies, or hangs, is an error within the timeout for the others, not a hang."""
+"""Pairs of gloo processes of which one dies, or hangs; the other writes what it sees."""
 
-import multiprocessing as mp
 import os
-import re
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -18,11 +13,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import sparsefx as sfx
 from sparsefx.distributed import SampledAllreduceState, sampled_allreduce_hook
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux" or not dist.is_available(), reason="needs gloo"),
-]
-TIMEOUT = 3
+HOW = ("dies", "hangs")
+TIMEOUT = 2
 
 
 class Net(nn.Sequential):
@@ -59,38 +51,3 @@ def train(rank: int, folder: str, how: str) -> None:
     except RuntimeError as error:
         Path(f"{folder}/{how}.said").write_text(f"{time.monotonic() - started:.1f} {error}")
     os._exit(0)  # the process group can't be taken down in order
-
-
-def start(folder: str) -> None:
-    """Both pairs side by side; imported once, then forked."""
-    import torch._functorch.aot_autograd  # noqa: F401
-
-    fork = mp.get_context("fork")
-    jobs = [(rank, folder, how) for how in ("dies", "hangs") for rank in range(2)]
-    processes = [fork.Process(target=train, args=job) for job in jobs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-P", __file__, str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return found
-
-
-@pytest.mark.parametrize(
-    ("how", "message"), [("dies", "(closed|reset) by peer"), ("hangs", "[Tt]imed out")]
-)
-def test_the_other_rank_gets_an_error(folder: Path, how: str, message: str):
-    seconds, _, said = (folder / f"{how}.said").read_text().partition(" ")
-    assert float(seconds) < 2 * TIMEOUT, seconds
-    assert re.search(message, said), said
-
-
-if __name__ == "__main__":  # what all processes run
-    start(sys.argv[1])
