@@ -20,7 +20,7 @@ from sparsefx.diagnostics.running import Loss, parameters_of, undisturbed
 from sparsefx.errors import DiagnosticsError
 from sparsefx.plan import Plan, Site
 
-RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ROLES = ("forward", "grad_input", "grad_weight")
 Unit = tuple[str, str]  # layer, role
 
