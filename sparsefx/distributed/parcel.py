@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefx.distributed.plan import Sliced
+from sparsefx.distributed.entries import Sliced
 
 _BITS = 32
 

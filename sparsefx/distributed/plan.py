@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,113 +15,12 @@ from torch import Tensor, nn
 from sparsefx import compat
 from sparsefx.capture import Compilation
 from sparsefx.config import Sampled
+from sparsefx.distributed.entries import Finder, Plan, Sliced, count_of, texts_of
 from sparsefx.distributed.slices import Cut, Slices, slices_of
 from sparsefx.report.graphs import TracedGraph
 
 _NOT_SAMPLED = "its gradient follows no sampled forward"
 _DEVICE_INDEX = re.compile(r", index=\d+")  # each rank has its own
-
-
-@dataclass(frozen=True)
-class Finder:
-    """Finds the indices of one product again.
-
-    Attributes:
-        cut: the graph that does it.
-        inputs: the parameters and buffers that it reads.
-        count: how many indices it returns for each group.
-        text: equal for those that differ in ``count`` alone, on every rank.
-    """
-
-    cut: Cut
-    inputs: tuple[Tensor, ...]
-    count: int
-    text: str
-
-    def __call__(self) -> Tensor:
-        """Return the indices, [count] or [groups, count]."""
-        found: Tensor = self.cut.graph(self.count, *self.inputs)
-        return found
-
-
-@dataclass
-class Sliced:
-    """A parameter of which slices travel.
-
-    Attributes:
-        name: of the parameter.
-        axis: along which it is sliced.
-        groups: parts of axis 0 that have indices of their own.
-        depth: slices of each group.
-        levels: what was compiled for it, from few slices to many, and all of it together. There are
-            several where a schedule or a mode changes; the gradients of a step say which one holds.
-        expected: whether a compiled graph makes the whole gradient, so that no slices suffice.
-        level: which one is sent; ``len(levels)`` is the whole tensor.
-    """
-
-    name: str
-    axis: int
-    groups: int
-    depth: int
-    levels: list[list[Finder]]
-    expected: bool = False
-    level: int = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether the whole tensor is sent."""
-        return self.level == len(self.levels)
-
-    def indices(self, level: int) -> Tensor:
-        """Return the slices of a level as positions in [groups * depth]."""
-        found = [self._flat(finder()) for finder in self.levels[level]]
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _flat(self, indices: Tensor) -> Tensor:
-        first = torch.arange(self.groups, device=indices.device).unsqueeze(1) * self.depth
-        return (indices.view(self.groups, -1) + first).flatten()
-
-    def describe(self) -> str:
-        """Say what is sent."""
-        count = _count(self.levels[min(self.level, len(self.levels) - 1)])
-        where = f"along axis {self.axis}" + (" of each group" if self.groups > 1 else "")
-        slices = f"{count} of {self.depth} slices {where}"
-        return f"in full at present: {slices} don't hold it" if self.whole else slices
-
-    def signature(self) -> str:
-        """Return what ranks must agree on before they add up these slices."""
-        levels = [_texts(level) for level in self.levels]
-        text = repr((self.axis, self.groups, self.depth, levels))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass
-class Plan:
-    """What is known of every parameter.
-
-    Attributes:
-        sliced: by the parameter's id.
-        whole: reason by name, of those that are sent in full.
-        known: ids of all parameters.
-        seen: what the plan was made from, to tell when more was compiled.
-    """
-
-    sliced: dict[int, Sliced] = field(default_factory=dict)
-    whole: dict[str, str] = field(default_factory=dict)
-    known: frozenset[int] = frozenset()
-    seen: tuple[object, ...] = ()
-
-    def keep_agreed(self, others: Sequence[Mapping[str, str]]) -> None:
-        """Send in full what another rank sees differently."""
-        for key, entry in list(self.sliced.items()):
-            mine = entry.signature()
-            if any(other.get(entry.name) != mine for other in others):
-                del self.sliced[key]
-                self.whole[entry.name] = "the ranks compiled it differently"
-
-    def signatures(self) -> dict[str, str]:
-        """Return what other ranks compare: a text by parameter."""
-        return {entry.name: entry.signature() for entry in self.sliced.values()}
 
 
 @dataclass
@@ -284,9 +182,9 @@ def _entry(name: str, param: Tensor, found: Sequence[_Found]) -> Sliced | str:
     ((axis, groups),) = places
     depth = param.shape[axis]
     levels = _levels(sliced)
-    useful = [level for level in levels if _count(level) < depth]
+    useful = [level for level in levels if count_of(level) < depth]
     if not useful:
-        return f"{_count(levels[0])} of {depth} slices are all of it"
+        return f"{count_of(levels[0])} of {depth} slices are all of it"
     expected = bool(reasons) or len(useful) < len(levels)
     return Sliced(name, axis, groups, depth, useful, expected)
 
@@ -297,9 +195,9 @@ _NEVER_COMPILED = "no compiled graph computes its gradient"
 def _levels(found: Sequence[_Found]) -> list[list[Finder]]:
     """Finders of each graph, from few slices to many; at the end those of all graphs."""
     each = [_largest([_finder(cut, one) for cut in one.slices.cuts]) for one in found]  # type: ignore[union-attr]
-    each.sort(key=lambda finders: (_count(finders), _texts(finders)))
+    each.sort(key=lambda finders: (count_of(finders), texts_of(finders)))
     each.append(_largest([finder for finders in each for finder in finders]))
-    return list({tuple(_texts(finders)): finders for finders in each}.values())
+    return list({tuple(texts_of(finders)): finders for finders in each}.values())
 
 
 def _finder(cut: Cut, found: _Found) -> Finder:
@@ -316,11 +214,3 @@ def _largest(finders: Sequence[Finder]) -> list[Finder]:
     for finder in sorted(finders, key=lambda finder: (finder.text, finder.count)):
         by_text[finder.text] = finder
     return list(by_text.values())
-
-
-def _count(finders: Sequence[Finder]) -> int:
-    return sum(finder.count for finder in finders)
-
-
-def _texts(finders: Sequence[Finder]) -> list[tuple[str, int]]:
-    return [(finder.text, finder.count) for finder in finders]

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 
+from sparsefx.distributed.entries import Plan, Sliced
 from sparsefx.distributed.parcel import Part, Whole, header_of, parts_of, read_header
-from sparsefx.distributed.plan import Plan, Planner, Sliced, plain_name
+from sparsefx.distributed.plan import Planner, plain_name
 from sparsefx.distributed.traffic import AllreduceReport, Traffic
 from sparsefx.errors import ConfigError, SparsefxError, SparsefxWarning
 

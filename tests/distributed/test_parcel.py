@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import sparsefx as sfx
 from sparsefx.distributed import SampledAllreduceState, Traffic, sampled_allreduce_hook
+from sparsefx.distributed.entries import Finder, Plan, Sliced
 from sparsefx.distributed.parcel import Part, Whole, header_of, parts_of, read_header
-from sparsefx.distributed.plan import Finder, Plan, Sliced
 from sparsefx.distributed.slices import Cut
 from sparsefx.distributed.traffic import AllreduceReport
 

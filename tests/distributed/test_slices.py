@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import sparsefx as sfx
 from sparsefx import compat
-from sparsefx.distributed.plan import Plan, Planner, Sliced
+from sparsefx.distributed.entries import Plan, Sliced
+from sparsefx.distributed.plan import Planner
 
 HALF = sfx.Sampled(0.5, scores="weight")
 
