@@ -29,6 +29,7 @@ from sparsefx.ops.gathers import (
     right_pairs,
     scaled,
     spread,
+    whole_vectors,
 )
 
 Ints = Sequence[int]
@@ -57,7 +58,8 @@ def _sampled_mm_grad_input(
     others = grad @ ws[-1:].t() if rest else None  # [M, 1]
     ws = ws[:-1] if rest else ws
     ws = ws if scale is None else scaled(ws, scale.unsqueeze(-1))
-    return spread(grad @ ws.t(), indices, w.shape[0], 1, others)
+    values = (grad @ whole_vectors(ws.t(), grad.shape[0])).narrow(1, 0, ws.shape[0])
+    return spread(values, indices, w.shape[0], 1, others)
 
 
 def _fake_sampled_mm_grad_input(grad: Tensor, w: Tensor, *_: Any) -> Tensor:
@@ -67,7 +69,10 @@ def _fake_sampled_mm_grad_input(grad: Tensor, w: Tensor, *_: Any) -> Tensor:
 def _sampled_mm_grad_weight(
     xs: Tensor, grad: Tensor, indices: Tensor, depth: int, transposed: bool, rest: bool = False
 ) -> Tensor:
-    values = grad.t() @ xs if transposed else xs.t() @ grad
+    if transposed:
+        values = (grad.t() @ whole_vectors(xs, grad.shape[1])).narrow(1, 0, xs.shape[1])
+    else:
+        values = xs.t() @ grad
     dim = 1 if transposed else 0
     return _put_back(values, indices, depth, dim, rest, spread)
 
