@@ -8,14 +8,14 @@ does without the three products over k pairs, in the best of the layouts tried, 
     spread    writing both gradients, zeros included
     bias      reading g (in a product it is read for the product)
 
-at what this machine streams. What a cache saves of these bytes would come on top, and is not
-counted; nor is choosing S. ``limit = dense time / (products + bytes)``, all measured in one run.
+at what this machine streams, into memory that was just allocated as every result is. Choosing S is
+not counted, nor what a cache may save of the bytes. ``limit = dense time / (products + bytes)``,
+measured in one run: the median of dense, the least of each part.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 
 import torch
 from timing import Work, race
@@ -40,8 +40,14 @@ def bandwidth(rounds: int) -> tuple[float, float]:
     memory = torch.ones(STREAM)
     halves = memory.view(2, -1)
     reads = (memory.sum, lambda: torch.dot(halves[0], halves[1]))
-    *read, write = race([*reads, memory.zero_], rounds)
-    return 4 * STREAM / min(map(median, read)), 4 * STREAM / median(write)
+    *read, write = map(min, race([*reads, memory.zero_], rounds))
+    return 4 * STREAM / min(read), 4 * STREAM / write
+
+
+def filling(results: Sequence[Tensor], rounds: int) -> float:
+    """Milliseconds that writing new tensors of these shapes takes."""
+    works = [lambda like=like: torch.empty_like(like).zero_() for like in results]
+    return sum(map(min, race(works, rounds)))
 
 
 def products(x: Tensor, w: Tensor, grad: Tensor, bias: Tensor, k: int) -> dict[str, list[Work]]:
@@ -63,17 +69,17 @@ def steps(x: Tensor, w: Tensor, grad: Tensor, bias: Tensor, k: int, rounds: int)
         times = iter(race([way for each in ways.values() for way in each], rounds))
     found = []
     for name, each in ways.items():
-        best = min(median(next(times)) for _ in each)
+        best = min(min(next(times)) for _ in each)
         found.append(Step(f"product, {name}", 0, 0, best))
     both, share = 4.0 * (x.numel() + w.numel()), k / x.shape[1]
     touched = 1 - (1 - share) ** LINE
     bytes_of = {
         "scores": (both, 0.0),
         "gather": (touched * both, share * both),
-        "spread": (0.0, both),
         "bias": (4.0 * grad.numel(), 0.0),
     }
-    return found + [Step(n, r, s, r / read + s / write) for n, (r, s) in bytes_of.items()]
+    found += [Step(n, r, s, r / read + s / write) for n, (r, s) in bytes_of.items()]
+    return [*found, Step("spread", 0.0, both, filling([x, w], rounds))]
 
 
 def total(found: Sequence[Step]) -> float:

@@ -68,7 +68,8 @@ class Run:
 def runs() -> list[Run]:
     """What is compared. A sparsifier owns the masks, the compiler finds them in the graph."""
     every = [sfx.Rule(LAYERS, forward=sfx.NM(2, 4))]
-    sampled = [sfx.Rule(LAYERS, grad_weight=sfx.Sampled(0.5))]
+    unbiased = sfx.Sampled(0.5, estimator="systematic")
+    sampled = [sfx.Rule(LAYERS, grad_weight=unbiased)]
 
     def srste(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         # decoupled: under Adam the published form would be rescaled with the gradient

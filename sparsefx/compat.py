@@ -43,8 +43,12 @@ Observe = Callable[[str, GraphModule, int], None]
 
 
 def has_kernel(op: str, key: str) -> bool:
-    """Whether the dispatcher has a kernel of ``op`` (with namespace) under a dispatch key."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
+    """Whether the dispatcher has a kernel of ``op`` (with namespace) under a dispatch key.
+
+    A device whose key has another name, such as "meta", has none of ours.
+    """
+    known = hasattr(torch._C.DispatchKey, key)
+    return known and bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
 
 
 def holds_values(tensor: Tensor) -> bool:

@@ -108,6 +108,15 @@ class Rule:
             if isinstance(pattern, Sampled):
                 yield key, pattern
 
+    def with_ratios(self, ratios: Mapping[int, float]) -> Rule:
+        """Return this rule with numbers in place of schedules, by the schedules' ids."""
+        changed: dict[str, Any] = {
+            key: dataclasses.replace(pattern, ratio=ratios[id(pattern.ratio)])
+            for key, pattern in self.sampled()
+            if isinstance(pattern.ratio, RatioSchedule)
+        }
+        return dataclasses.replace(self, **changed)
+
     def matches(self, site: Site) -> bool:
         """Return whether this rule speaks about the layer of ``site``."""
         if isinstance(self.match, str):
@@ -195,17 +204,7 @@ class SparseConfig:
             return self
         now = [s.ratio for s in schedules] if ratios is None else ratios
         known = dict(zip(map(id, schedules), now, strict=True))
-        rules = tuple(
-            dataclasses.replace(
-                rule,
-                **{
-                    key: dataclasses.replace(pattern, ratio=known.get(id(pattern.ratio)))
-                    for key, pattern in rule.sampled()
-                    if isinstance(pattern.ratio, RatioSchedule)
-                },
-            )
-            for rule in self.effective_rules()
-        )
+        rules = tuple(rule.with_ratios(known) for rule in self.effective_rules())
         return dataclasses.replace(self, rules=rules)
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,10 +6,13 @@ Where a size is symbolic, the figure is that of the example that was compiled.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from sparsefx import compat
 from sparsefx.config import NM, Masked, Pattern, Sampled
-from sparsefx.plan import Decision, Site
+from sparsefx.plan import Site
 from sparsefx.policy import sampled_depth
 
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -59,28 +62,156 @@ def executes_dense(op: str) -> bool:
     return op.startswith(("masked_", "nm_"))
 
 
-def unprofitable(site: Site, decision: Decision) -> str:
-    """Reason to leave a site dense on this machine, or "".
+# --- what products take, in time
+
+
+class Work(NamedTuple):
+    """What is done to compute products; adds up."""
+
+    flops: float = 0.0  # of products of matrices
+    conv_flops: float = 0.0
+    moved: float = 0.0  # bytes that are read or written, by products and around them
+    ranked: float = 0.0  # scores that are sorted
+    calls: float = 0.0
+
+    def plus(self, other: Work) -> Work:
+        """Return the sum."""
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Microseconds: of 1e6 operations in float32, of 1e6 bytes, of a score that is sorted, a call.
+
+    On "cpu" fitted to 2 cores with AVX-512 by ``benchmarks/profit.py --fit``; what decides is how
+    they relate, which differs less between machines. On "cuda" reasoned from an H200's peaks.
+    """
+
+    flops: float
+    conv_flops: float
+    moved: float
+    ranked: float
+    calls: float
+
+    def time(self, work: Work) -> float:
+        """Microseconds of some work."""
+        each = (self.flops, self.conv_flops, self.moved)
+        parts = (work.flops, work.conv_flops, work.moved)
+        bulk = sum(pace * amount for pace, amount in zip(each, parts, strict=True)) / 1e6
+        return bulk + self.ranked * work.ranked + self.calls * work.calls
+
+
+PACES = {
+    "cpu": Pace(5.6, 7.0, 60.0, 0.05, 10.0),
+    "cuda": Pace(0.00127, 0.00127, 0.23, 0.0001, 5.0),
+}
+_SLOWER = {"float64": 2.0}  # than float32, each operation; 16-bit types are taken to be as fast
+_MARGIN = 0.95  # of the dense time: what a fit is off by
+
+
+def dense_work(site: Site) -> Work:
+    """What the full product takes."""
+    return _product(site, dense_flops(site), *_elements(site))
+
+
+def sampled_work(sites: Sequence[Site], pattern: Sampled) -> Work:
+    """What sampled products take that share their pairs: the first one's, which chooses them.
+
+    The first one reads its operands for the scores and again to gather; gradients derived from it
+    write what they are the gradient of.
+    """
+    lead, *derived = sites
+    depth = compat.size_hint(sampled_depth(lead))
+    share = pattern.size(depth) / depth if depth else 1.0
+    left, right, out = _elements(lead)
+    work = _choice(lead, pattern, depth)
+    gathered = (1 + share + (pattern.estimator == "topk_mean")) * (left + right)
+    work = work.plus(Work(moved=_bytes(lead) * gathered, calls=2))
+    flops = sparse_flops(lead, pattern)
+    work = work.plus(_product(lead, flops, share * left, share * right, out))
+    for site in derived:
+        left, right, out = _elements(site)
+        flops = sparse_flops(site, pattern, lead)
+        picked = (left, share * right) if site.role == "grad_input" else (share * left, right)
+        work = work.plus(_product(site, flops, *picked, share * out))
+        work = work.plus(Work(moved=_bytes(site) * (1 + share) * out, calls=1))
+    return work
+
+
+def _product(site: Site, flops: float, *elements: float) -> Work:
+    flops *= _SLOWER.get(site.dtype, 1.0)
+    moved = _bytes(site) * sum(elements)
+    if site.kind == "conv":
+        return Work(conv_flops=flops, moved=moved, calls=1)
+    return Work(flops=flops, moved=moved, calls=1)
+
+
+_RANKED = {"topk": 1.0, "topk_mean": 1.0, "systematic": 1.5, "bernoulli": 3.0}
+
+
+def _choice(site: Site, pattern: Sampled, depth: int) -> Work:
+    """What scores and the choice of pairs take."""
+    left, right, _ = _elements(site)
+    read = {"input": left, "weight": right, "product": left + right}.get(pattern.scores, 0.0)
+    if pattern.estimator == "topk_mean":
+        read *= 2  # means first
+    each = compat.size_hint(site.batch) if not pattern.shared else 1
+    if site.channels is not None and site.role != "grad_weight":
+        each = compat.size_hint(site.channels[2])
+    ranked = _RANKED.get(pattern.estimator, 2.0) * each * depth
+    return Work(moved=_bytes(site) * read, ranked=ranked, calls=3)
+
+
+def _bytes(site: Site) -> int:
+    return _BYTES.get(site.dtype, 4)
+
+
+def _elements(site: Site) -> tuple[float, float, float]:
+    """Elements of a product's operands and of its result; a convolution's at stride 1."""
+    m, n, k = map(compat.size_hint, site.shape)
+    if site.channels is None:
+        batch = compat.size_hint(site.batch)
+        return batch * m * k, batch * k * n, batch * m * n
+    inner, outer, groups, _ = map(compat.size_hint, site.channels)
+    if site.role == "forward":
+        return m * inner * groups, n * k, m * n
+    if site.role == "grad_input":
+        return m * k, n * k, m * inner * groups
+    return k * inner * groups, k * outer * groups, m * n
+
+
+def unprofitable(sites: Sequence[Site], pattern: Pattern) -> str:
+    """Reason to leave products dense on this machine, or "".
 
     N:M and stored masks run as a masked dense product on every device so far (packed and vendor
-    kernels are not here yet), so they gain nothing. Sampling gains (1 - ratio) of the product and
-    pays for reading both operands three more times (norms, gather, scatter).
+    kernels are not here yet), so they gain nothing. Sampled products have to take less time than
+    the full ones, scores, choice, gathers and zeros included.
+
+    Args:
+        sites: a product and those derived from it, which are worth what their sum is worth.
+        pattern: what they become.
     """
-    if isinstance(decision.pattern, NM | Masked):
-        name = "N:M" if isinstance(decision.pattern, NM) else "a stored mask"
-        return f"not profitable: {name} runs as a masked dense product on {site.device}"
-    if not isinstance(decision.pattern, Sampled):
+    device = sites[0].device
+    if isinstance(pattern, NM | Masked):
+        name = "N:M" if isinstance(pattern, NM) else "a stored mask"
+        return f"not profitable: {name} runs as a masked dense product on {device}"
+    if not isinstance(pattern, Sampled):
         return ""
-    if not all(map(compat.has_size, (site.batch, *site.shape))):
+    if not all(compat.has_size(size) for site in sites for size in (site.batch, *site.shape)):
         return "not profitable: its sizes depend on data"
-    m, n, k = map(compat.size_hint, site.shape)
-    saved = dense_flops(site) - sparse_flops(site, decision.pattern)
-    elements = compat.size_hint(site.batch) * (m * k + k * n)
-    moved = 3 * _BYTES.get(site.dtype, 4) * elements
-    flops_per_byte = {"cpu": 8.0, "cuda": 180.0}.get(site.device, 8.0)
-    if saved < moved * flops_per_byte:
-        return (
-            f"not profitable: saves {saved:.3g} operations, moves {moved:.3g} more bytes, "
-            f"worth {flops_per_byte:g} operations each on {site.device}"
-        )
-    return ""
+    pace = PACES.get(device, PACES["cpu"])
+    dense = pace.time(Work(*map(sum, zip(*map(dense_work, sites), strict=True))))
+    sampled = pace.time(sampled_work(sites, pattern))
+    if sampled <= _MARGIN * dense:
+        return ""
+    which = " + ".join(site.role for site in sites)
+    return (
+        f"not profitable: {which} expected to take {_told(sampled)} sampled, "
+        f"{_told(dense)} dense on {device}"
+    )
+
+
+def _told(microseconds: float) -> str:
+    if microseconds < 1000:
+        return f"{microseconds:.3g} us"
+    return f"{microseconds / 1000:.3g} ms"

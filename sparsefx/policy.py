@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sparsefx.config import NM, Dense, Masked, Pattern, Rule, Sampled, SparseConfig
 from sparsefx.plan import Decision, Role, Site
 
 _FLOATS = {"float64", "float32", "float16", "bfloat16"}
-Profitable = Callable[[Site, Decision], str]
+Profitable = Callable[[Sequence[Site], Pattern], str]
 
 
 def decide(
@@ -24,7 +24,9 @@ def decide(
         sites: the products by role; the forward is always there.
         config: whose rules apply, first match wins.
         failed: why the layer must stay dense, if rewriting it failed before.
-        unprofitable: reason to decline a site on this machine, or "".
+        unprofitable: reason to decline a pattern on this machine, or "". It is asked once for
+            products that stand or fall together: a site that has the pattern, and those derived
+            from it, which are worth what their sum is worth.
 
     Returns:
         A decision by role, for the roles in ``sites``.
@@ -32,13 +34,14 @@ def decide(
     forward = sites["forward"]
     blocked = failed or _impossible(sites) or _output(forward, config)
     rule = None if blocked else _first_match(forward, config)
-    if forward.mask and not (rule and _samples(forward, rule, unprofitable)):
+    derived = _derived(sites, rule)
+    if forward.mask and not (rule and _samples(forward, rule, unprofitable, derived)):
         left = "the weight is the left operand of the product" if forward.weight == "left" else ""
         return _masked(sites, rule, failed or _impossible(sites) or left, unprofitable)
     if blocked or rule is None:
         reason = blocked or "no rule matches"
         return {role: Decision(Dense(), reason) for role in sites}
-    chosen = {"forward": _own(forward, rule.forward, unprofitable)}
+    chosen = {"forward": _own(forward, rule.forward, unprofitable, derived)}
     base = chosen["forward"].pattern
     for role in sites:
         if role == "grad_input":
@@ -50,6 +53,18 @@ def decide(
 
 def _first_match(site: Site, config: SparseConfig) -> Rule | None:
     return next((rule for rule in config.effective_rules() if rule.matches(site)), None)
+
+
+def _derived(sites: Mapping[Role, Site], rule: Rule | None) -> list[Site]:
+    """Gradients that a rule gives no pattern: they follow the forward's."""
+    if rule is None:
+        return []
+    given = {
+        "forward": rule.forward,
+        "grad_input": rule.grad_input,
+        "grad_weight": rule.grad_weight,
+    }
+    return [site for role, site in sites.items() if given.get(role) is None]
 
 
 def _output(forward: Site, config: SparseConfig) -> str:
@@ -77,11 +92,13 @@ def _impossible(sites: Mapping[Role, Site]) -> str:
 # --- a layer whose mask the model holds
 
 
-def _samples(forward: Site, rule: Rule, unprofitable: Profitable | None) -> bool:
+def _samples(
+    forward: Site, rule: Rule, unprofitable: Profitable | None, derived: Sequence[Site]
+) -> bool:
     """Whether a rule's sampling acts: it takes the masked weight, and goes before the mask."""
     if not isinstance(rule.forward, Sampled) or forward.depthwise:
         return False
-    return not _own(forward, rule.forward, unprofitable).dense
+    return not _own(forward, rule.forward, unprofitable, derived).dense
 
 
 def _masked(
@@ -128,8 +145,13 @@ def _told(pattern: NM) -> str:
     return f"{pattern} ({', '.join(more)})" if more else str(pattern)
 
 
-def _own(site: Site, pattern: Pattern, unprofitable: Profitable | None) -> Decision:
-    """Decide on a pattern that is asked for by name."""
+def _own(
+    site: Site,
+    pattern: Pattern,
+    unprofitable: Profitable | None,
+    derived: Sequence[Site] = (),
+) -> Decision:
+    """Decide on a pattern that is asked for by name, with the products derived from it."""
     if isinstance(pattern, Dense):
         return Decision(pattern, "the rule says Dense()")
     if isinstance(pattern, Masked):
@@ -137,11 +159,18 @@ def _own(site: Site, pattern: Pattern, unprofitable: Profitable | None) -> Decis
     reason = nm_illegal(site, pattern) if isinstance(pattern, NM) else sampled_exact(site, pattern)
     if reason:
         return Decision(Dense(), reason)
-    return _profitably(site, Decision(pattern), unprofitable)
+    return _profitably(site, Decision(pattern), unprofitable, derived)
 
 
-def _profitably(site: Site, decision: Decision, unprofitable: Profitable | None) -> Decision:
-    reason = unprofitable(site, decision) if unprofitable is not None else ""
+def _profitably(
+    site: Site,
+    decision: Decision,
+    unprofitable: Profitable | None,
+    derived: Sequence[Site] = (),
+) -> Decision:
+    if unprofitable is None:
+        return decision
+    reason = unprofitable((site, *derived), decision.pattern)
     return Decision(Dense(), reason) if reason else decision
 
 

@@ -9,6 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from sparsefx.passes import canonicalize, find_sites
+from sparsefx.testing import capture, plans, run_pass
+
 HERE = Path(__file__).parent
 TINY = ["--codegen", "aot_eager", "--rounds", "2", "--sizes", "40", "--ratios", "0.3"]
 
@@ -88,8 +91,8 @@ def test_the_limit_counts_the_bytes_that_no_way_does_without(linear):
     assert bytes_of == {
         "scores": (both, 0),
         "gather": (pytest.approx(both * (1 - 0.75**16)), both / 4),
-        "spread": (0, both),
         "bias": (4 * m * n, 0),
+        "spread": (0, both),
     }
     assert linear.roofline.total(found) == sum(step.time for step in found) > 0
 
@@ -102,12 +105,14 @@ def test_the_limit_is_for_what_it_knows(linear, capsys):
 
 def test_convolutions_of_every_layout_are_compared_before_they_are_timed(conv, tmp_path, capsys):
     path = tmp_path / "conv.json"
-    shapes = [conv.Shape(2, 6, 4, 5), conv.Shape(2, 6, 6, 5, stride=2, groups=2)]
-    conv.main(["--codegen", "aot_eager", "--rounds", "2", "--json", str(path)], shapes)
+    quick = ["--codegen", "aot_eager", "--rounds", "2", "--json", str(path)]
+    conv.main(quick, [conv.Shape(2, 6, 4, 5)])
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 2 * (4 + 3)  # nobody writes the grouped one by hand
-    assert {row["layout"] for row in rows} == {"contiguous", "channels_last"}
+    assert [row["layout"] for row in rows] == ["contiguous"] * 4 + ["channels_last"] * 4
     assert [row["ideal"] for row in rows[:4]] == pytest.approx([1, 2, 1.5, 2])
+    grouped = conv.Shape(2, 6, 6, 5, stride=2, groups=2)
+    conv.main([*quick, "--layouts", "contiguous"], [grouped])
+    assert len(json.loads(path.read_text())["rows"]) == 3  # nobody writes it by hand
     assert "3x3 6-6, 5x5, stride 2, 2 groups, batch 2" in capsys.readouterr().out
 
 
@@ -116,6 +121,103 @@ def test_convolutions_that_differ_are_not_timed(conv, monkeypatch):
     monkeypatch.setattr(conv, "race", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match=r"3x3 4-4, 5x5, batch 2, contiguous, ratio=0.5: .* off"):
         conv.main(["--codegen", "aot_eager"], [conv.Shape(2, 4, 4, 5)])
+
+
+def test_training_steps_of_a_model(tmp_path, capsys):
+    path = tmp_path / "models.json"
+    small = ["--small", "--codegen", "aot_eager", "--rounds", "2", "--ratios", "0.5"]
+    models = script("models")
+    models.main([*small, "--models", "resnet", "--json", str(path)])
+    rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == [
+        "dense, torch.compile",
+        "sparsefx, forward 0.5",
+        "sparsefx, forward 0.5, profitable",
+        "sparsefx, grad_weight 0.5",
+        "by hand, eager, forward 0.5",
+    ]
+    sampled, profitable, gradient = (rows[name]["executed"] for name in list(rows)[1:4])
+    assert sampled < gradient < profitable == 1  # too small to be worth it
+    printed = capsys.readouterr().out
+    assert all(f"{100 * share:.0f}%" in printed for share in (sampled, gradient, profitable))
+
+
+def test_a_layer_by_hand_is_itself_again_afterwards():
+    models = script("models")
+    conv = torch.nn.Conv2d(64, 8, 3, padding=1)
+    x = torch.randn(2, 64, 5, 5)
+    exact = conv(x)
+    with models.sampled_by_hand(torch.nn.Sequential(conv), 0.5):
+        assert (conv(x) - exact).norm() > 0.1 * exact.norm()
+    torch.testing.assert_close(conv(x), exact)
+
+
+@pytest.fixture(scope="module")
+def profit() -> ModuleType:
+    return script("profit")
+
+
+@pytest.mark.parametrize("case", [(6, 4, 10), (2, 6, 8, 5, 3, 2, 2), (2, 4, 6, 5, 1)])
+def test_cases_are_what_the_passes_find(profit, case):
+    linear = len(case) == 3
+    shape = case if linear else profit.Shape(*case)
+    model = torch.nn.Linear(case[2], case[1]) if linear else shape.layer()
+    size = (case[0], case[2]) if linear else (case[0], case[1], case[3], case[3])
+    gm = capture(model, torch.randn(size, requires_grad=True))
+    run_pass(canonicalize, gm)
+    run_pass(find_sites, gm)
+    found = {plan.site.role: plan.site for plan in plans(gm)}
+    expected = profit.sites_of(shape)
+    assert set(found) == set(expected)
+    for role, one in found.items():
+        for key in ("shape", "channels", "kind", "dtype", "device", "batch"):
+            assert getattr(one, key) == getattr(expected[role], key), (role, key)
+
+
+def test_decisions_stand_beside_times_and_a_grid_grows(profit, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(profit, "CASES", ((64, 32, 64), (64, 32, 128)))
+    monkeypatch.setattr(profit, "ASKED", (("forward", 0.5), ("grad_input", 0.5)))
+    path = tmp_path / "profit.json"
+    quick = ["--codegen", "aot_eager", "--rounds", "2", "--json", str(path)]
+    profit.main([*quick, "--cases", "1"])
+    profit.main([*quick, "--cases", "0"])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["case"], row["role"]) for row in rows] == [
+        (0, "forward"),
+        (0, "grad_input"),
+        (1, "forward"),
+        (1, "grad_input"),
+    ]
+    printed = capsys.readouterr().out
+    assert "64x32x128" in printed
+    assert "declined 2, the fastest" in printed
+
+
+def test_what_was_kept_and_slower_is_told(profit, monkeypatch):
+    def row(ratio, speedup):
+        return profit.Row(10, "1024x1024x1024", "forward", ratio, 1.0, 1.0, 1.0, 1.0, speedup)
+
+    rows = [row(0.1, 4.0), row(0.3, 0.9), row(0.99, 1.2), row(0.98, 0.8)]
+    assert profit.judged(rows) == (
+        "kept 2 of 4, the slowest 0.90x, 1 below 0.97x; "
+        "declined 2, the fastest 1.20x, 1 above 1.05x"
+    )
+
+
+def test_a_pace_is_found_again(profit):
+    """From times that a known pace would take, without noise."""
+    pace = [5.0, 8.0, 50.0, 0.05, 10.0, 100.0]
+    rows = []
+    for index in range(len(profit.CASES)):
+        case = profit.CASES[index]
+        sites = list(profit.sites_of(case).values())
+        for role, ratio in profit.ASKED:
+            times = [
+                sum(a * b for a, b in zip(pace, profit.features(*of), strict=True)) / 1e3
+                for of in ((sites, [], None), (sites, profit.unit(case, role), ratio))
+            ]
+            rows.append(profit.Row(index, "", role, ratio, times[0], times[1], 0, 0, 1))
+    assert profit.fit(rows) == pytest.approx(pace, rel=1e-3)
 
 
 def test_permutation_keeps_more_and_says_how_much(tmp_path, capsys):

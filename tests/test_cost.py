@@ -1,10 +1,14 @@
 """What a product costs, and when sparse is not worth it on this machine."""
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparsefx import cost
 from sparsefx.config import NM, Dense, Masked, Sampled
-from sparsefx.plan import Decision, Site
+from sparsefx.plan import Site
 
 
 def site(shape=(64, 32, 16), **changes):
@@ -68,24 +72,125 @@ def test_packed_bytes_of_a_stored_mask_count_a_bit_a_weight():
 
 def test_n_of_m_is_never_profitable_yet():
     for device in ("cpu", "cuda"):
-        reason = cost.unprofitable(site(device=device), Decision(NM(2, 4)))
+        reason = cost.unprofitable([site(device=device)], NM(2, 4))
         assert reason == f"not profitable: N:M runs as a masked dense product on {device}"
-        reason = cost.unprofitable(site(device=device), Decision(Masked()))
+        reason = cost.unprofitable([site(device=device)], Masked())
         assert reason == f"not profitable: a stored mask runs as a masked dense product on {device}"
+    assert cost.unprofitable([site()], Dense()) == ""
 
 
-def test_sampling_is_profitable_where_the_product_is_large():
-    large, small = site((1024, 2048, 2048)), site((1024, 8, 2048))
-    assert cost.unprofitable(large, Decision(Sampled(0.3))) == ""
-    assert cost.unprofitable(small, Decision(Sampled(0.3))) == (
-        "not profitable: saves 2.35e+07 operations, moves 2.54e+07 more bytes, "
-        "worth 8 operations each on cpu"
+# --- time
+
+
+def layer(m, n, k, **changes):
+    """The three products of a linear layer."""
+    shapes = {"forward": (m, n, k), "grad_input": (m, k, n), "grad_weight": (k, n, m)}
+    return [site(shape, role=role, **changes) for role, shape in shapes.items()]
+
+
+def conv(batch, inner, outer, image, taps=9, groups=1):
+    shapes = layer(batch * image**2, outer * groups, inner * taps, kind="conv")
+    return [replace(one, channels=(inner, outer, groups, batch)) for one in shapes]
+
+
+def took(sites, pattern, device="cpu"):
+    return cost.PACES[device].time(cost.sampled_work(sites, pattern))
+
+
+def test_work_of_a_dense_product():
+    forward, grad_input, grad_weight = layer(6, 4, 10)
+    moved = 4 * (6 * 10 + 10 * 4 + 6 * 4)
+    for product in (forward, grad_input, grad_weight):
+        assert cost.dense_work(product) == cost.Work(2 * 6 * 4 * 10, 0, moved, 0, 1)
+    three = site((6, 4, 10), batch=3, kind="bmm")
+    assert cost.dense_work(three) == cost.Work(3 * 480, 0, 3 * moved, 0, 1)
+    for product in conv(2, 8, 12, 7, taps=9):
+        elements = 2 * 49 * 8 + 12 * 8 * 9 + 2 * 49 * 12
+        assert cost.dense_work(product) == cost.Work(0, 2 * 98 * 12 * 72, 4 * elements, 0, 1)
+    assert cost.dense_work(site(dtype="float64")).flops == 2 * cost.dense_work(site()).flops
+
+
+def test_work_of_a_sampled_layer():
+    found = cost.sampled_work(layer(6, 4, 10), Sampled(0.5))
+    x, w, y = 60, 40, 24
+    scores, gathers = x + w, 1.5 * (x + w)
+    products = (x / 2 + w / 2 + y) + (y + w / 2 + x / 2) + (x / 2 + y + w / 2)
+    zeros = 1.5 * x + 1.5 * w
+    assert found.flops == 3 * 480 / 2
+    assert found.moved == 4 * (scores + gathers + products + zeros)
+    assert (found.ranked, found.calls) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("scores", "read"),
+    [("product", 100), ("input", 60), ("weight", 40), ("uniform", 0), ("estimated", 0)],
+)
+def test_scores_read_what_they_are_made_of(scores, read):
+    found = cost.sampled_work(layer(6, 4, 10)[:1], Sampled(0.5, scores=scores))
+    assert found.moved == 4 * (read + 150 + 30 + 20 + 24)
+
+
+@pytest.mark.parametrize("estimator", ["topk_mean", "systematic", "bernoulli", "with_replacement"])
+@pytest.mark.parametrize("sites", [layer(512, 256, 1024), conv(8, 64, 64, 14)])
+def test_what_is_more_than_the_largest_takes_longer(sites, estimator):
+    assert took(sites, Sampled(0.3)) < took(sites, Sampled(0.3, estimator=estimator))
+
+
+def test_a_mass_takes_what_its_cap_takes():
+    sites = layer(512, 256, 1000)
+    assert took(sites, Sampled(mass=0.5)) == took(sites, Sampled(0.5))
+
+
+@given(
+    st.tuples(*[st.integers(1, 4096)] * 3),
+    st.sampled_from(["cpu", "cuda"]),
+    st.floats(0.05, 0.9),
+)
+def test_fewer_pairs_never_take_longer_and_all_of_them_take_longer_than_dense(shape, device, ratio):
+    sites, pace = layer(*shape, device=device), cost.PACES[device]
+    dense = sum(pace.time(cost.dense_work(one)) for one in sites)
+    few, more, every = (took(sites, Sampled(r), device) for r in (ratio, ratio + 0.05, 1.0))
+    assert few <= more * (1 + 1e-9)
+    assert more <= every * (1 + 1e-9)
+    assert every > dense
+
+
+def test_large_layers_are_worth_it_and_small_ones_say_what_they_would_take(monkeypatch):
+    assert cost.unprofitable(layer(1024, 2048, 2048), Sampled(0.3)) == ""
+    monkeypatch.setitem(cost.PACES, "cpu", cost.Pace(5.0, 7.0, 50.0, 0.05, 10.0))
+    assert cost.unprofitable(layer(64, 32, 16), Sampled(0.3)) == (
+        "not profitable: forward + grad_input + grad_weight expected to take 104 us sampled, "
+        "33.1 us dense on cpu"
     )
-    assert cost.unprofitable(small, Decision(Dense())) == ""
+    assert cost.unprofitable(layer(1024, 2048, 2048)[:1], Sampled(0.9999)).endswith("dense on cpu")
+    assert " ms sampled" in cost.unprofitable(layer(1024, 2048, 2048)[:1], Sampled(0.9999))
 
 
-def test_a_fast_device_needs_more():
-    product = (256, 512, 512)
-    assert cost.unprofitable(site(product), Decision(Sampled(0.3))) == ""
-    there = site(product, device="cuda")
-    assert "worth 180 operations each on cuda" in cost.unprofitable(there, Decision(Sampled(0.3)))
+def test_a_forward_is_worth_what_it_and_its_gradients_are_worth(monkeypatch):
+    sites, pattern = layer(512, 256, 256), Sampled(0.1)
+    free = replace(cost.PACES["cpu"], ranked=0.0)
+
+    def gain(of):
+        """Microseconds that are there for choosing 256 pairs."""
+        dense = sum(free.time(cost.dense_work(one)) for one in of)
+        return (0.95 * dense - free.time(cost.sampled_work(of, pattern))) / 256
+
+    alone, together = gain(sites[:1]), gain(sites)
+    assert 0 < alone < together
+    for ranked, one, all_three in (
+        (0.9 * alone, True, True),
+        ((alone + together) / 2, False, True),
+        (1.1 * together, False, False),
+    ):
+        monkeypatch.setitem(cost.PACES, "cpu", replace(free, ranked=ranked))
+        assert (not cost.unprofitable(sites[:1], pattern)) == one
+        assert (not cost.unprofitable(sites, pattern)) == all_three
+
+
+def test_an_empty_layer_is_left_alone():
+    for shape in ((0, 4, 4), (4, 0, 4), (4, 4, 0)):
+        assert "not profitable" in cost.unprofitable(layer(*shape), Sampled(0.5))
+
+
+def test_another_device_is_judged_as_a_cpu():
+    assert cost.unprofitable(layer(1024, 2048, 2048, device="xpu"), Sampled(0.3)) == ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from math import prod
@@ -63,6 +64,15 @@ def test_own_pass(root: Path):
     found = {row[0]: row[1:] for row in rows if row and row[0].endswith(".weight")}
     assert found["fc1.weight"][1] == found["fc2.weight"][1] == "0.00100"
     assert found["out.weight"][0] == found["out.weight"][1]
+
+
+def test_tune_ratios(root: Path, tmp_path: Path):
+    said = run(root, "04_tune_ratios.py", "--plot", str(tmp_path))
+    assert "sampled 0.3 systematic: gradients against exact ones, 8 draws" in said
+    one, own = map(float, re.findall(r"(\d\.\d{3}) with", said))
+    assert own < one
+    for name in ("errors.png", "ratios.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

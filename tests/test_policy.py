@@ -337,18 +337,25 @@ def test_why_a_weight_gradient_is_dense(pattern, reason):
 def test_unprofitable():
     asked = []
 
-    def no(candidate, decision):
-        asked.append((candidate.role, decision.pattern))
+    def no(candidates, pattern):
+        asked.append((*(candidate.role for candidate in candidates), pattern))
         return "not profitable: says the test"
 
     found = decided(site(), Rule("*", S, S, None), unprofitable=no)
-    assert asked == [("forward", S), ("grad_input", S)]
+    assert asked == [("forward", "grad_weight", S), ("grad_input", S)]
     assert reasons(found) == (
         "not profitable: says the test",
         "not profitable: says the test",
         "the derivative of a dense forward",
     )
     assert patterns(decided(site(), Rule("*", S), unprofitable=lambda *_: "")) == (S, S, S)
+    asked.clear()
+    found = decided(site(), Rule("*", S), unprofitable=no)
+    assert asked == [("forward", "grad_input", "grad_weight", S)]  # worth what their sum is worth
+    assert patterns(found) == (Dense(), Dense(), Dense())
+    asked.clear()
+    decided(site(), Rule("*", S, Dense()), unprofitable=no)
+    assert asked == [("forward", "grad_weight", S)]
     asked.clear()
     decided(site(), Rule("*", Sampled(1.0)), unprofitable=no)  # exact anyway
     assert asked == []

@@ -56,17 +56,29 @@ def _fake_topk_conv(x: Tensor, w: Tensor, k: int, axis: str, groups: int, scores
 
 
 def _mass(scores: Tensor, k: int, least: int, mass: float) -> Pair:
-    order = torch.sort(scores, dim=-1, descending=True, stable=True)[1]
-    total = scores.gather(-1, order).double().cumsum(-1)
+    falling, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    total = falling.double().cumsum(-1)
     before = torch.nn.functional.pad(total, (1, 0)).narrow(-1, 0, scores.shape[-1])
     rank = torch.arange(scores.shape[-1], device=scores.device)
     used = (before < mass * total.narrow(-1, -1, 1)) if scores.shape[-1] else before.bool()
-    scale = torch.zeros_like(scores).scatter(-1, order, (used | (rank < least)).to(scores.dtype))
+    used = used | (rank < least) | ~torch.isfinite(falling)
+    scale = torch.zeros_like(scores).scatter(-1, order, used.to(scores.dtype))
     indices = torch.sort(order.narrow(-1, 0, k), dim=-1)[0]
     return indices, scale.gather(-1, indices)
 
 
 # --- at random
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Scores over the largest, in float64: sums neither overflow nor vanish.
+
+    Where some are not finite, these are all alike and the others 0.
+    """
+    s = scores.double()
+    wild = ~torch.isfinite(s)
+    s = torch.where(wild.any(-1, keepdim=True), wild.double(), s)
+    return torch.where(s > 0, s / s.amax(-1, keepdim=True), 0.0) if s.shape[-1] else s
 
 
 def inclusion(scores: Tensor, k: int) -> Tensor:
@@ -76,9 +88,7 @@ def inclusion(scores: Tensor, k: int) -> Tensor:
     s_t * (k - t) <= sum of s from t on. Where fewer than k scores are not 0, the others share the
     remaining places evenly: their products are 0, whatever scales them.
     """
-    s = scores.double()
-    wild = ~torch.isfinite(s)
-    s = torch.where(wild.any(-1, keepdim=True), wild.double(), s)
+    s = _shares(scores)
     falling = torch.sort(s, dim=-1, descending=True)[0]
     tail = falling.flip(-1).cumsum(-1).flip(-1)  # sums of what is not larger
     t = torch.arange(s.shape[-1], device=s.device)
@@ -127,9 +137,7 @@ def _bernoulli(scores: Tensor, noise: Tensor, k: int, size: int) -> Pair:
 
 
 def _with_replacement(scores: Tensor, noise: Tensor, k: int) -> Pair:
-    s = scores.double()
-    wild = ~torch.isfinite(s)
-    s = torch.where(wild.any(-1, keepdim=True), wild.double(), s)
+    s = _shares(scores)
     s = torch.where((s > 0).any(-1, keepdim=True), s, 1.0)
     ends = s.cumsum(-1)
     total = ends.narrow(-1, -1, 1) if scores.shape[-1] else ends.sum(-1, keepdim=True)

@@ -37,7 +37,7 @@ def _squares(x: Tensor, dims: Sequence[int]) -> Tensor:
     return torch.sum(x * x, list(dims))
 
 
-_BLOCK = 8  # rows: few enough pages that the prefetcher follows all of them
+_BLOCK = 16  # rows: few enough pages that the prefetcher follows all of them
 
 
 def squares_across(x: Tensor, dim: int) -> Tensor:
@@ -76,8 +76,11 @@ def _places(size: Any, device: torch.device) -> Tensor | None:
     if isinstance(size, int) and size <= ROWS:
         return None
     count = torch.sym_min(size, ROWS)  # type: ignore[no-untyped-call]
-    turns = torch.arange(count, dtype=torch.float64, device=device) * _GOLDEN
-    places: Tensor = (turns - turns.floor()) * size
+    order = torch.arange(count, dtype=torch.float64, device=device)
+    turns = order * _GOLDEN
+    spread = (turns - turns.floor()) * size
+    # a size not known yet may turn out to be small: then everywhere, without a branch
+    places: Tensor = torch.where(torch.full_like(order, size) <= ROWS, order, spread)
     return places.to(torch.int64)
 
 

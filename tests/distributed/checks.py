@@ -248,11 +248,8 @@ def check_many_buckets_split_the_graph() -> None:
         with small_buckets() as size:
             how = {"outer": outer, "bucket_cap_mb": size}
             hooked, _ = both(mlp, asked=config(other, ends=False), **how)
-            dense, _ = both(mlp, asked=config(other), **how)
         assert rows(hooked)["module.4.weight"] == "16 of 32 slices along axis 1", outer
         assert hooked.state.traffic.last_sent < 0.8 * hooked.state.traffic.last_dense
-        # by default the product that ends a part of the graph is dense
-        assert hooked.state.traffic.last_sent < dense.state.traffic.last_sent
 
 
 def check_unused_parameters_and_a_weight_used_twice() -> None:
@@ -525,9 +522,10 @@ def check_fsdp_trains_as_one_process() -> None:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    def train(model: nn.Module, pattern: str = "*", part: Any = lambda x: x) -> list[Tensor]:
-        for block in model.blocks:  # Dynamo leaves the loop around sharded blocks to Python
-            block.compile(backend="sparsefx", options={"config": config(match=pattern)})
+    def train(model: nn.Module, sampled: bool = True, part: Any = lambda x: x) -> list[Tensor]:
+        for block in model.blocks if sampled else ():
+            # by themselves: Dynamo leaves the loop around sharded blocks to Python
+            block.compile(backend="sparsefx", options={"config": config()})
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for step in range(3):
             optimizer.zero_grad()
@@ -542,7 +540,7 @@ def check_fsdp_trains_as_one_process() -> None:
         fully_shard(part, mesh=mesh)
     found = train(model, part=lambda x: x.chunk(2)[dist.get_rank(PAIR)])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    assert not torch.allclose(found[0], train(Blocks().double(), "none")[0])
+    assert not torch.allclose(found[0], train(Blocks().double(), sampled=False)[0])
 
 
 # --- checks of all four

@@ -80,9 +80,8 @@ def test_axis_of_a_product_however_it_is_written(name: str):
     assert (entry.axis, entry.depth, entry.groups) == (axis, 8, 1)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_convolutions(groups: int, rank: int):
+@pytest.mark.parametrize(("rank", "groups"), [(1, 1), (2, 1), (2, 4), (3, 2)])
+def test_convolutions(rank: int, groups: int):
     torch.manual_seed(0)
     layer = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank](16, 8, 2, groups=groups, stride=2)
     plan = assert_slices(layer, torch.randn(2, 16, *[5] * rank))

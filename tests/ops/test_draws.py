@@ -74,6 +74,19 @@ def test_what_is_not_finite_is_taken(wild):
         assert torch.isfinite(scale).all()
     assert 1 in ops.topk_indices(scores, 1).tolist()
     assert 1 in ops.mass_indices(scores, 2, 1, 0.9)[0].tolist()
+    several = torch.tensor([wild, 1.0, wild, 2.0, wild])
+    indices, scale = ops.mass_indices(several, 4, 1, 0.1)
+    assert indices[scale > 0].tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("unit", [1e-310, 1e-45, 1e300, 5e307])
+def test_only_ratios_of_scores_matter(unit):
+    plain = torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(inclusion(plain * unit, 2), inclusion(plain, 2))
+    noise = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    found = ops.with_replacement_indices(plain * unit, noise, 2)
+    for one, other in zip(found, ops.with_replacement_indices(plain, noise, 2), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # --- systematic

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsefx import ops
 from sparsefx.ops.scores import ROWS, _places
@@ -91,6 +92,16 @@ def test_few_rows_are_all_looked_at():
     x, w = torch.randn(ROWS, 6), torch.randn(6, 4)
     exact = ops.mm_scores(x, w, "product")
     torch.testing.assert_close(ops.mm_scores(x, w, "estimated"), exact + 0.1 * exact.mean())
+
+
+def test_a_size_that_turns_out_small_is_looked_at_everywhere():
+    def call(x, w):
+        return ops.REFERENCES[ops.mm_scores](x, w, "estimated")
+
+    gm = make_fx(call, tracing_mode="symbolic")(torch.randn(40, 6), torch.randn(6, 44))
+    for rows, columns in [(20, 24), (32, 33), (90, 7)]:
+        x, w = torch.randn(rows, 6), torch.randn(6, columns)
+        torch.testing.assert_close(gm(x, w), ops.mm_scores(x, w, "estimated"))
 
 
 @pytest.mark.parametrize("size", [33, 64, 100, 768, 4096, 100_003])

@@ -73,7 +73,7 @@ def test_layers_that_failed(joint):
 def test_what_is_not_profitable(joint):
     gm = found_in(joint)
     config = SparseConfig(rules=[Rule("*", Sampled(0.5))], keep_output_dense=False)
-    no = partial(select_sites, config=config, unprofitable=lambda site, _: f"no: {site.layer}")
+    no = partial(select_sites, config=config, unprofitable=lambda sites, _: f"no: {sites[0].layer}")
     run_pass(no, gm)
     reasons = {layer: d.reason for (layer, role), d in decided(gm).items() if role == "forward"}
     assert reasons == {"0": "no: 0", "2": "no: 2", "4": "no: 4"}

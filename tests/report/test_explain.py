@@ -309,3 +309,11 @@ def test_gpt2_as_it_comes():
     weights = [r for r in report.sites if r.role == "forward" and r.batch == 1]
     assert sum(r.flops_dense for r in weights) == 2 * 16 * (2 * 12 * 16 * 16 + 16 * 32)
     json.dumps(report.to_dict())
+
+
+def test_a_model_on_the_meta_device_is_explained():
+    """Shapes are all that a plan needs: a model too large for this machine can be looked at."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).to("meta")
+    x = torch.empty(4, 8, device="meta")
+    report = sfx.explain(model, config="all-three")(x)
+    assert [row.role for row in report.sites if row.decision] == ["forward", "grad_weight"]
