@@ -171,7 +171,8 @@ def curves(path: Path, rows: Sequence[Any], uniform: float | None) -> None:
     """
     shown = rows[:_MOST_BARS]
     drawn, (ratios, errors) = figure(path, 2, max(len(shown), 14))
-    ratios.barh(range(len(shown)), [row.ratio for row in shown], color="#9ecae1")
+    colors = [f"C{place % 10}" for place in range(len(rows))]  # a product's bar and curve alike
+    ratios.barh(range(len(shown)), [row.ratio for row in shown], color=colors, alpha=0.7)
     if uniform is not None:
         ratios.axvline(uniform, color="#08306b", lw=1, ls="--", label="one ratio for all")
         ratios.legend(fontsize=8)
@@ -180,10 +181,10 @@ def curves(path: Path, rows: Sequence[Any], uniform: float | None) -> None:
     ratios.set_xlim(0, 1)
     more = f" (the first {_MOST_BARS} of {len(rows)})" if len(rows) > _MOST_BARS else ""
     ratios.set_title("ratio" + more, fontsize=10)
-    for row in rows:
+    for row, color in zip(rows, colors, strict=True):
         _, spent, found = zip(*row.curve, strict=True)
-        (line,) = errors.plot(spent, found, lw=1, alpha=0.7)
-        errors.plot([row.flops], [row.relative], "o", ms=5, color=line.get_color())
+        errors.plot(spent, found, lw=1, alpha=0.7, color=color)
+        errors.plot([row.flops], [row.relative], "o", ms=5, color=color)
     errors.set_xscale("log")
     errors.set_xlabel("FLOPs")
     errors.set_ylabel("relative error, this one alone")

@@ -206,30 +206,28 @@ def test_draws_of_products_are_counted(shapes):
         product_error(*shapes, every(), draws=0)
 
 
-@pytest.mark.parametrize("objective", ["gradients", "scaled", "products"])
-def test_what_is_foretold_is_what_a_layer_alone_does(mlp, objective):
+def test_what_is_foretold_is_what_a_layer_alone_does(mlp):
     model, batch = mlp
-    tuned = tune_ratio(
-        model, batch, flops=0.5, estimator="topk", roles=["grad_weight"], ratios=[0.25, 0.5, 1],
-        loss=entropy, objective=objective,
-    )  # fmt: skip
-    assert [row.layer for row in tuned.rows] == ["0", "2", "4"]
     config = every(grad_weight=sfx.Sampled(0.5))
-    alone = {
-        r.layer: r
-        for r in gradient_error(model, batch, config, loss=entropy, isolated=True).isolated
-    }
+    errors = gradient_error(model, batch, config, loss=entropy, isolated=True)
+    alone = {row.layer: row for row in errors.isolated}
     products = {r.layer: r for r in product_error(model, batch, config, loss=entropy).rows}
-    for row in tuned.rows:
-        (_, flops, error) = row.curve[1]
-        assert flops == row.flops_dense // 2
-        expected = products[row.layer] if objective == "products" else alone[row.layer]
-        assert error == pytest.approx(expected.relative, rel=1e-4)
-        assert row.curve[2] == (1.0, row.flops_dense, 0.0)
+    for objective in ("gradients", "scaled", "products"):
+        tuned = tune_ratio(
+            model, batch, flops=0.5, estimator="topk", roles=["grad_weight"],
+            ratios=[0.25, 0.5, 1], loss=entropy, objective=objective,
+        )  # fmt: skip
+        assert [row.layer for row in tuned.rows] == ["0", "2", "4"]
+        for row in tuned.rows:
+            _, flops, error = row.curve[1]
+            assert flops == row.flops_dense // 2
+            expected = products[row.layer] if objective == "products" else alone[row.layer]
+            assert error == pytest.approx(expected.relative, rel=1e-4)
+            assert row.curve[0][2] > error
+            assert row.curve[2] == (1.0, row.flops_dense, 0.0)
     whole = gradient_error(model, batch, tuned.config, loss=entropy).total
     assert tuned.error == pytest.approx(whole.relative, rel=1e-4)
-    uniform = every(grad_weight=sfx.Sampled(tuned.uniform_ratio))
-    uniform = sfx.SparseConfig(uniform.rules)
+    uniform = sfx.SparseConfig([sfx.Rule("*", grad_weight=sfx.Sampled(tuned.uniform_ratio))])
     whole = gradient_error(model, batch, uniform, loss=entropy).total
     assert tuned.uniform_error == pytest.approx(whole.relative, rel=1e-4)
 
