@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import random
 import subprocess
 import sys
@@ -256,6 +257,7 @@ def compile_eagerly(
     inputs: Sequence[Any],
     rewrite: Rewrite,
     observe: Observe | None = None,
+    execute: Callable[[GraphModule], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Trace, rewrite, partition and run the graphs operator by operator.
 
@@ -264,6 +266,7 @@ def compile_eagerly(
         inputs: likewise, real or fake.
         rewrite: edits the joint (or inference) graph in place.
         observe: told ("forward" | "backward" | "inference", graph, number of results).
+        execute: makes of each graph the function that runs it; None is its own code.
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -284,7 +287,7 @@ def compile_eagerly(
                 rewrite(graph)
             if observe is not None:
                 observe(kind, graph, results)
-            return make_boxed_func(graph.forward)
+            return make_boxed_func(graph.forward if execute is None else execute(graph))
 
         return compiler
 
@@ -524,6 +527,13 @@ def many_recompiles() -> Iterator[None]:
         specialize_float=True,
     ):
         yield
+
+
+def compile_apart(model: Any, backend: Callable[..., Any]) -> Any:
+    """Compile with sizes fixed, so that it doesn't count towards the user's own recompile limit."""
+    known = inspect.signature(torch.compile).parameters  # isolate_recompiles came after 2.11
+    apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    return torch.compile(model, backend=backend, dynamic=False, **apart)
 
 
 def settled(size: Any) -> Any:

@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "registration": {"compat", "backend"},
     "onnx": PIPELINE_MAY | {"capture", "pipeline"},
     "distributed": LEAVES | {"ops", "naming", "rewriting", "capture", "report"},
-    "diagnostics": PIPELINE_MAY | {"capture", "report"},
+    "diagnostics": PIPELINE_MAY | {"capture", "pipeline"},
     "sparsifiers": LEAVES,
     "permutation": LEAVES | {"capture", "naming", "rewriting"},
 }

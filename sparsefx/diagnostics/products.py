@@ -1,38 +1,38 @@
-"""``product_error``: each sampled product on its own, from exact operands."""
+"""``product_error``: each changed product on its own, from exact operands."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.fx import Node
 
-from sparsefx import compat, cost, ops
-from sparsefx.config import Sampled, SparseConfig, as_config
+from sparsefx import cost
+from sparsefx.config import as_config
 from sparsefx.diagnostics import printing
-from sparsefx.diagnostics.replay import Step, record_step, visit_products
-from sparsefx.diagnostics.running import Loss, parameters_of, undisturbed
-from sparsefx.errors import DiagnosticsError
-from sparsefx.passes.drawing import SIDES, side_of
-from sparsefx.plan import Plan, Site
+from sparsefx.diagnostics.bench import Bench, bench
+from sparsefx.diagnostics.cuts import Decisions, Lazy, changed, is_random
+from sparsefx.diagnostics.figures import Comparison, Error, Sums
+from sparsefx.diagnostics.meter import NOISE, check_draws, interpreted
+from sparsefx.diagnostics.observing import Operands
+from sparsefx.diagnostics.programs import Call, Observed
+from sparsefx.diagnostics.running import Loss
+from sparsefx.diagnostics.streams import Stream
+from sparsefx.plan import Role
 
-aten = torch.ops.aten
-Draw = tuple[Tensor, Tensor | None, bool]  # indices, scale, whether a pair stands for the rest
+_ROLES = ("forward", "grad_input", "grad_weight")
 
 
 @dataclass(frozen=True)
-class ProductError:
-    """How far one sampled product is from the exact one, given exact operands.
+class ProductError(Error):
+    """How far one product is from the exact one, given exact operands; see :class:`Error`.
 
     Attributes:
         layer: qualified name.
         role: "forward", "grad_input" or "grad_weight".
-        pattern: what it is sampled by, in words.
-        derived: it uses the forward's draw.
-        norm: of the exact product (Frobenius).
-        relative: root mean square over draws of |error| / norm.
+        pattern: what it became, in words.
+        derived: it follows the forward: its draw, or its mask.
         flops_dense: operations of the full product.
         flops_sparse: operations that are left.
     """
@@ -41,53 +41,67 @@ class ProductError:
     role: str
     pattern: str
     derived: bool
-    norm: float
-    relative: float
     flops_dense: int
     flops_sparse: int
 
 
 @dataclass(frozen=True)
 class ProductErrors:
-    """What :func:`product_error` found: rows in the graph's order, ``str()``, ``to_dict()``."""
+    """What :func:`product_error` found: rows in the graph's order, ``str()``, ``to_dict()``.
+
+    Attributes:
+        rows: one a changed product; a layer that is called several times has rows for each call.
+        draws: that were averaged, where something is random.
+    """
 
     rows: tuple[ProductError, ...]
+    draws: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {"rows": [asdict(row) for row in self.rows]}
+        """Return plain data that ``json.dumps`` takes; what is not finite is None."""
+        return {"draws": self.draws, "rows": [printing.plain(asdict(row)) for row in self.rows]}
 
     def __str__(self) -> str:
-        """Return a table."""
-        return printing.table(
-            ("layer", "role", "sampled", "relative", "norm", "FLOPs left"),
-            [
-                (r.layer, r.role, r.pattern + (" (fwd)" if r.derived else ""), r.relative, r.norm,
-                 f"{100 * r.flops_sparse / max(r.flops_dense, 1):.0f}%")
-                for r in self.rows
-            ],
-            "sampled products against exact ones, operands exact",
-        )  # fmt: skip
+        """Return a table of 120 columns at most, and what the words mean."""
+        shown = [
+            (
+                ""
+                if i and row.layer == self.rows[i - 1].layer and row.role != "forward"
+                else row.layer,
+                row.role,
+                row.pattern + (" (fwd)" if row.derived else ""),
+                *printing.figures(row),
+            )
+            for i, row in enumerate(self.rows)
+        ]
+        head = ("layer", "role", "decision", *printing.FIGURES)
+        title = "products against exact ones, operands exact"
+        return "\n\n".join(
+            [printing.table(head, shown, title, text=3), printing.legend(self.draws)]
+        )
 
-    def plot(self, path: str) -> None:
-        """Draw relative errors by product into a picture (png, svg, pdf).
+    def plot(self, path: printing.Path) -> None:
+        """Draw relative error and bias by product as bars.
+
+        Args:
+            path: a file ending in .png, .svg or .pdf.
 
         Raises:
-            DiagnosticsError: when matplotlib isn't installed.
+            DiagnosticsError: when matplotlib isn't installed, and for another ending.
         """
-        names = [f"{row.layer} {row.role}" for row in self.rows]
-        series = {"relative": [row.relative for row in self.rows]}
-        printing.bars(path, names, series, "|error| / |exact product|")
+        named = [(f"{row.layer} {row.role}", row) for row in self.rows]
+        printing.bars(path, [("products, operands exact", named)], "|error| / |exact product|")
 
 
 def product_error(
     model: Any, batch: Any, config: object, *, loss: Loss | None = None, draws: int = 8,
     seed: int = 0,
 ) -> ProductErrors:  # fmt: skip
-    """Measure every product that a config samples, given what an exact step feeds it.
+    """Measure every product that a config changes, given what an exact step feeds it.
 
-    Nothing is compiled: one exact forward and backward, and its products again from their operands.
-    Like :func:`gradient_error` it leaves the model as it was.
+    One exact forward and backward; each product's operands are used as they come by, and let go.
+    A gradient that follows its forward uses what that drew. N:M products are measured, too; a
+    stored mask changes nothing. Like :func:`gradient_error` it leaves the model as it was.
 
     Args:
         model: a module, compiled or not.
@@ -95,171 +109,77 @@ def product_error(
         config: as for the backend.
         loss: function of (model, batch) to one number; by default the model's own.
         draws: how often random estimators draw.
-        seed: of the draws.
+        seed: of everything random.
 
     Raises:
         DiagnosticsError: for a model without gradients, a loss that is no number, bad counts.
         ConfigError: for a bad config.
     """
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise DiagnosticsError(f"draws={draws!r} must be an int, at least 1")
-    asked = as_config(config)
-    rows: list[ProductError] = []
-    with compat.as_written(model) as plain:
-        parameters_of(plain)
-        with undisturbed(plain), compat.many_recompiles():
-            torch.manual_seed(seed)
-            for step in record_step(plain, batch, asked, loss).steps:
-                rows += _rows_of(step, asked, draws)
-    return ProductErrors(tuple(rows))
+    check_draws(draws, seed)
+    observed = Observed(interpreted(as_config(config)))
+    rows: list[tuple[int, int, ProductError]] = []
+
+    def take(call: Call, values: Mapping[str, Any], roles: Sequence[Role]) -> None:
+        sums = compare_products(observed, call, call.decisions, values, roles, draws)
+        place = observed.calls.index(call)
+        rows.extend((place, _ROLES.index(r), _row(call, r, found)) for r, found in sums.items())
+
+    with bench(model, batch, loss, seed) as runs:
+        observe(runs, observed, take)
+    ordered = sorted(rows, key=lambda row: row[:2])  # stable: repeated calls as they ran
+    random = is_random({call: call.decisions for call in observed.calls})
+    return ProductErrors(tuple(row for *_, row in ordered), draws if random else 1)
 
 
-def _rows_of(step: Step, asked: SparseConfig, draws: int) -> list[ProductError]:
-    rows: list[ProductError] = []
-    forwards: Forwards = {}
-
-    def visit(plan: Plan, node: Node, args: tuple[Any, ...], result: Tensor) -> None:
-        pattern = plan.decision.pattern if plan.decision else None
-        if isinstance(pattern, Sampled):
-            rows.append(_measure(plan, pattern, node, args, result, draws, forwards))
-
-    visit_products(step, asked, visit)
-    return rows
-
-
-Forwards = dict[int, tuple[Site, list[Draw]]]  # by group
-
-
-def _measure(
-    plan: Plan, pattern: Sampled, node: Node, args: tuple[Any, ...], result: Tensor, draws: int,
-    forwards: Forwards,
-) -> ProductError:  # fmt: skip
-    site, derived = plan.site, bool(plan.decision and plan.decision.derived)
-    exact = product_of(node.target, args, result).double()
-    follows: Site | None = None
-    if derived:
-        follows, drawn = forwards[site.group]
-    else:
-        scores = scores_of(plan, pattern, node.target, args)
-        drawn = [draw(scores, pattern) for _ in range(draws if pattern.random else 1)]
-        if site.role == "forward":
-            forwards[site.group] = site, drawn
-    total = 0.0
-    for one in drawn:
-        if derived:
-            found = derivative(plan, node.target, exact, one)
-        else:
-            found = approximate(node.target, args, one).double()
-        total += float((found - exact).square().sum())
-    norm = float(exact.norm())
+def _row(call: Call, role: Role, sums: Sums) -> ProductError:
+    decision, site = call.decisions[role], call.sites[role]
+    follows = call.sites["forward"] if decision.derived else None
     return ProductError(
-        layer=site.layer,
-        role=site.role,
-        pattern=str(pattern),
-        derived=derived,
-        norm=norm,
-        relative=(total / len(drawn)) ** 0.5 / norm if norm else 0.0,
+        **vars(sums.error()),
+        layer=call.layer,
+        role=role,
+        pattern=str(decision.pattern),
+        derived=decision.derived,
         flops_dense=cost.dense_flops(site),
-        flops_sparse=cost.sparse_flops(site, pattern, follows),
+        flops_sparse=cost.sparse_flops(site, decision.pattern, follows),
     )
 
 
-# --- a product again, from its operands: the ops' own references
+def observe(runs: Bench, observed: Observed, take: Any) -> None:
+    """Run the exact model once, and hand on every call's operands."""
+    observed.probe = probe = Operands(take)
+    try:
+        runs.run(observed)
+        probe.finish()
+    finally:
+        observed.probe = None
 
 
-def product_of(target: Any, args: tuple[Any, ...], result: Tensor) -> Any:
-    """The product alone: without its bias."""
-    if target is aten.addmm.default:
-        return args[1] @ args[2]
-    if target is aten.convolution.default and args[2] is not None:
-        return result - args[2].view(1, -1, *[1] * (result.dim() - 2))
-    return result
+def compare_products(
+    observed: Observed, call: Call, decisions: Decisions, values: Mapping[str, Any],
+    roles: Sequence[Role], draws: int,
+) -> dict[Role, Sums]:  # fmt: skip
+    """Compare the products of a call that decisions change with exact ones, from real operands."""
+    wanted = [role for role in roles if changed(decisions.get(role))]
+    if not wanted:
+        return {}
+    exact = Lazy(call.cut.gm, tuple(call.cut.feeds), Stream(0))
+    exact.bind(values)
+    comparisons = {role: Comparison(_without_bias(call, role, exact, values)) for role in wanted}
+    graph = observed.rewriter(call.cut, decisions)
+    for draw in range(draws if is_random({call: decisions}) else 1):
+        lazy = Lazy(graph, tuple(call.cut.feeds), Stream(NOISE + draw))
+        lazy.bind(values)
+        for role in wanted:
+            comparisons[role].add(_without_bias(call, role, lazy, values))
+    return {role: comparison.sums() for role, comparison in comparisons.items()}
 
 
-def scores_of(plan: Plan, pattern: Sampled, target: Any, args: tuple[Any, ...]) -> Any:
-    """Scores [*, K] of the product's pairs, as the compiled graph computes them."""
-    centred = pattern.estimator == "topk_mean"
-    side = SIDES.get(pattern.scores, pattern.scores)
-    if target is aten.convolution.default:
-        return ops.conv_scores(args[0], args[1], "in", args[8], side, centred)
-    if target is ops.conv_grad_input:
-        return ops.conv_scores(args[0], args[1], "out", args[6], side, centred)
-    if target is ops.conv_grad_weight:
-        return ops.conv_scores(args[1], args[0], "batch", 1, side, centred)
-    left, right = args[-2:] if target is aten.addmm.default else args[:2]
-    return ops.mm_scores(left, right, side_of(plan, pattern), centred, pattern.shared)
-
-
-def draw(scores: Tensor, pattern: Sampled) -> Draw:
-    """Draw once by a pattern: (indices, scale, whether one pair stands for the rest)."""
-    batch, depth = scores.shape[:-1], scores.shape[-1]
-    k = pattern.k(depth)
-    if pattern.mass is not None:
-        return *ops.mass_indices(scores, k, pattern.min_k, pattern.mass), False
-    if not pattern.random:
-        return ops.topk_indices(scores, k), None, pattern.estimator == "topk_mean"
-    numbers = {"systematic": 1, "bernoulli": depth, "with_replacement": k}[pattern.estimator]
-    noise = torch.rand((*batch, numbers), device=scores.device)
-    if pattern.estimator == "systematic":
-        return *ops.systematic_indices(scores, noise, k), False
-    if pattern.estimator == "bernoulli":
-        return *ops.bernoulli_indices(scores, noise, k, pattern.size(depth)), False
-    return *ops.with_replacement_indices(scores, noise, k), False
-
-
-def approximate(target: Any, args: tuple[Any, ...], drawn: Draw) -> Any:
-    """The sampled product, without a bias."""
-    s, scale, rest = drawn
-    if target is aten.bmm.default:
-        return ops.sampled_bmm(args[0], args[1], s, scale, rest)
-    if target is aten.convolution.default:
-        x, w, _, stride, padding, dilation, _, _, groups = args
-        return ops.sampled_conv(x, w, s, None, stride, padding, dilation, groups, scale, rest)
-    if target is ops.conv_grad_input:
-        return ops.sampled_conv_input(args[0], args[1], s, *args[2:], scale, rest)
-    if target is ops.conv_grad_weight:
-        return ops.sampled_conv_weight(args[0], args[1], s, *args[2:], scale, rest)
-    left, right = args[-2:] if target is aten.addmm.default else args[:2]
-    return ops.sampled_mm(left, right, s, None, scale, rest)
-
-
-def derivative(plan: Plan, target: Any, exact: Tensor, drawn: Draw) -> Tensor:
-    """The gradient through a forward's sample: features of the exact one, scaled or averaged.
-
-    Given the same operands, dL/dx[:, i] is scale_i times the exact column, 0 outside S; with a
-    stand-in for the rest, columns outside share their mean. dL/dw's rows likewise.
-    """
-    s, scale, rest = drawn
-    shape, groups = exact.shape, s.shape[0] if target in _CONV_GRADIENTS else 1
-    if target is ops.conv_grad_input:  # [batch, groups * K, ..] -> [batch, groups, K, ..]
-        exact, axis = torch.unflatten(exact, 1, (groups, -1)), 2
-    elif target is ops.conv_grad_weight:  # [groups * out, K, ..] -> [out, groups, K, ..]
-        exact, axis = torch.unflatten(exact, 0, (groups, -1)).transpose(0, 1), 2
-    else:
-        last = (plan.site.role == "grad_input") != plan.flipped
-        axis = exact.dim() - 1 if last else exact.dim() - 2
-    depth = exact.shape[axis]
-    factor = torch.zeros((*s.shape[:-1], depth), dtype=exact.dtype, device=s.device)
-    values = torch.ones_like(s, dtype=exact.dtype) if scale is None else scale.to(exact.dtype)
-    rows = 1 if target in _CONV_GRADIENTS else 0
-    factor = _along(factor.scatter(-1, s, values), exact, axis, rows)
-    found = exact * factor
-    if rest:
-        outside = (factor == 0).to(exact.dtype)
-        mean = (exact * outside).sum(axis, keepdim=True) / max(depth - s.shape[-1], 1)
-        found = found + mean * outside
-    if target is ops.conv_grad_weight:
-        found = found.transpose(0, 1)
-    return found.reshape(shape)
-
-
-_CONV_GRADIENTS = (ops.conv_grad_input, ops.conv_grad_weight)
-
-
-def _along(factor: Tensor, like: Tensor, axis: int, rows: int) -> Tensor:
-    """[K] along ``axis`` of ``like``, or [B, K] with B along ``rows``."""
-    shape = [1] * like.dim()
-    shape[axis] = factor.shape[-1]
-    if factor.dim() == 2:
-        shape[rows] = factor.shape[0]
-    return factor.view(shape)
+def _without_bias(call: Call, role: Role, lazy: Lazy, values: Mapping[str, Any]) -> Tensor:
+    """The product alone: a bias would make the error look smaller than it is."""
+    out: Tensor = lazy.result(role).double()
+    if role != "forward" or call.cut.bias is None:
+        return out
+    bias: Tensor = values[call.cut.bias].double()
+    shape = (-1, *[1] * (out.dim() - 2)) if call.sites[role].kind == "conv" else (-1,)
+    return out - bias.reshape(shape)

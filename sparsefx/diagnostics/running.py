@@ -1,18 +1,15 @@
-"""Running a model on a batch without leaving a trace of it."""
+"""What is called with a batch, and which of its results is the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsefx.errors import DiagnosticsError
 
 Loss = Callable[[Any, Any], Tensor]
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 def call(model: Any, batch: Any) -> Any:
@@ -69,43 +66,3 @@ def parameters_of(model: Any) -> dict[str, nn.Parameter]:
     if not found:
         raise DiagnosticsError(f"no parameter of {type(model).__name__} requires a gradient")
     return found
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and put modes, buffers and random state back as they were.
-
-    A dropped unit would be a difference of its own between two gradients.
-    """
-    off = [m for m in model.modules() if isinstance(m, _DROPOUTS) and m.training]
-    buffers = {b: b.detach().clone() for b in model.buffers()}
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        try:
-            for module in off:
-                module.training = False
-            yield
-        finally:
-            for module in off:
-                module.training = True
-            restore(buffers)
-
-
-def restore(buffers: Mapping[Tensor, Tensor]) -> None:
-    """Write values back into buffers."""
-    with torch.no_grad():
-        for buffer, value in buffers.items():
-            buffer.copy_(value)
-
-
-def gradients(
-    model: nn.Module, run: Any, batch: Any, loss: Loss | None, seed: int
-) -> dict[str, Tensor]:
-    """Gradient by parameter of one pass of ``run``, on the buffers that ``model`` had."""
-    named = parameters_of(model)
-    buffers = {b: b.detach().clone() for b in model.buffers()}
-    torch.manual_seed(seed)
-    total = loss_of(run, batch, loss)
-    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-    restore(buffers)
-    return {name: g.detach() for name, g in zip(named, found, strict=True) if g is not None}

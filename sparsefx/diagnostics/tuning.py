@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
+import glob
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.fx import Node
-
-from sparsefx import compat, cost
-from sparsefx.config import Dense, Rule, Sampled, SparseConfig, as_config
+from sparsefx.config import Rule, Sampled, SparseConfig, as_config
 from sparsefx.diagnostics import printing
-from sparsefx.diagnostics.products import Draw, approximate, derivative, draw, product_of, scores_of
-from sparsefx.diagnostics.replay import Step, record_step, visit_products
-from sparsefx.diagnostics.running import Loss, parameters_of, undisturbed
-from sparsefx.errors import DiagnosticsError
-from sparsefx.plan import Plan, Site
+from sparsefx.diagnostics.allocation import Option, allocate
+from sparsefx.diagnostics.bench import bench
+from sparsefx.diagnostics.curves import Measured
+from sparsefx.diagnostics.meter import check_draws, interpreted
+from sparsefx.diagnostics.programs import Observed
+from sparsefx.diagnostics.running import Loss
+from sparsefx.diagnostics.units import KEYS, Key, Unit, acts, units_of, with_ratio
+from sparsefx.errors import ConfigError, DiagnosticsError
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-ROLES = ("forward", "grad_input", "grad_weight")
-Unit = tuple[str, str]  # layer, role
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a unit costs at a ratio: its FLOPs, and its squared relative error."""
-
-    ratio: float
-    flops: int
-    error: float
+OBJECTIVES = ("gradients", "scaled", "products")
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The ratio of one layer's product, what it costs, and the relative error foretold."""
+    """The ratio of one layer's product, what it costs, and the relative error foretold.
+
+    Attributes:
+        layer: qualified name.
+        role: "forward" (its gradients follow, where they have no pattern of their own),
+            "grad_input" or "grad_weight".
+        ratio: that was chosen; 1 is exact.
+        flops_dense: operations of the full products.
+        flops: that are left, as the compiler's report counts them.
+        relative: error at this ratio with all else exact: of all gradients, or, with "products" for
+            an objective, the root of the summed squares of these products' own.
+        curve: (ratio, operations, error) of every ratio that was tried.
+    """
 
     layer: str
     role: str
@@ -44,256 +45,242 @@ class Tuned:
     flops_dense: int
     flops: int
     relative: float
+    curve: tuple[tuple[float, int, float], ...]
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What :func:`tune_ratio` proposes: ``config``, and ``rows`` to look at."""
+    """What :func:`tune_ratio` proposes.
+
+    Attributes:
+        config: to compile with: a rule by name for each layer, then the rules that were given.
+        rows: one a tuned product of a layer.
+        flops_dense: operations of the tuned products in full.
+        flops: that are left; within the budget.
+        objective: whose errors were made small.
+        error: relative error of all gradients with every layer changed at once, on the same batch.
+        uniform_ratio: the largest that meets the budget as one ratio for all; None if none does.
+        uniform_error: the error that it leaves, measured alike.
+    """
 
     config: SparseConfig
     rows: tuple[Tuned, ...]
     flops_dense: int
     flops: int
+    objective: str
+    error: float
+    uniform_ratio: float | None
+    uniform_error: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, the config included."""
-        rows = [asdict(row) for row in self.rows]
-        own = {"flops_dense": self.flops_dense, "flops": self.flops, "rows": rows}
-        return {**own, "config": self.config.to_dict()}
+        """Return plain data that ``json.dumps`` takes, the config included.
+
+        A config whose rules have no plain form, such as a lambda for a match, is told as text.
+        """
+        rows = []
+        for row in self.rows:
+            curve = [
+                {"ratio": r, "flops": f, "relative": printing.finite(e)} for r, f, e in row.curve
+            ]
+            rows.append({**printing.plain(asdict(row)), "curve": curve})
+        found = {key: value for key, value in vars(self).items() if key not in ("config", "rows")}
+        return {**printing.plain(found), "rows": rows, "config": _plain_config(self.config)}
 
     def __str__(self) -> str:
-        """Return a table."""
-        share = 100 * self.flops / max(self.flops_dense, 1)
-        return printing.table(
-            ("layer", "role", "ratio", "relative error", "FLOPs left"),
-            [
-                (r.layer, r.role, r.ratio, r.relative, f"{100 * r.flops / r.flops_dense:.0f}%")
-                for r in self.rows
-            ],
-            f"ratios under a budget of FLOPs: {share:.1f}% of the tuned products' are left",
-        )
+        """Return a table of the ratios, the totals, and the error beside that of one ratio."""
+        rows = [
+            (
+                "" if i and row.layer == self.rows[i - 1].layer else row.layer,
+                row.role,
+                f"{row.ratio:g}",
+                f"{printing.count(row.flops_dense)} → {printing.count(row.flops)}",
+                f"{row.flops / max(row.flops_dense, 1):.0%}",
+                row.relative,
+            )
+            for i, row in enumerate(self.rows)
+        ]
+        what = "of its products" if self.objective == "products" else "of gradients"
+        head = ("layer", "role", "ratio", "FLOPs", "", f"error {what}")
+        share = f"{100 * self.flops / max(self.flops_dense, 1):.1f}%"
+        title = f"ratios under a budget of FLOPs: {share} of the tuned products' are left"
+        lines = ["", "relative error of all gradients, every layer changed, on this batch:"]
+        lines.append(f"  these ratios       {printing.number(self.error)}")
+        if self.uniform_ratio is not None and self.uniform_error is not None:
+            name = f"{self.uniform_ratio:g} for all"
+            lines.append(f"  {name:<18} {printing.number(self.uniform_error)}")
+            if self.error > self.uniform_error:
+                lines.append("  one ratio for all is better here: errors of layers are correlated")
+        return "\n".join([printing.table(head, rows, title, text=2), *lines])
 
-    def plot(self, path: str) -> None:
-        """Draw ratios and errors by product into a picture (png, svg, pdf).
+    def plot(self, path: printing.Path) -> None:
+        """Draw the ratios, and the curves that they were chosen on.
+
+        Args:
+            path: a file ending in .png, .svg or .pdf.
 
         Raises:
-            DiagnosticsError: when matplotlib isn't installed.
+            DiagnosticsError: when matplotlib isn't installed, and for another ending.
         """
-        names = [f"{row.layer} {row.role}" for row in self.rows]
-        series = {
-            "ratio": [row.ratio for row in self.rows],
-            "relative error": [row.relative for row in self.rows],
-        }
-        printing.bars(path, names, series, "ratio, and |error| / |exact product|")
+        printing.curves(path, self.rows, self.uniform_ratio)
+
+
+def _plain_config(config: SparseConfig) -> Any:
+    try:
+        return config.to_dict()
+    except ConfigError:  # a predicate or a pass without an importable name
+        return repr(config)
 
 
 def tune_ratio(
     model: Any, batch: Any, config: object = None, *, flops: float = 0.5,
     roles: Sequence[str] = ("grad_input", "grad_weight"), ratios: Sequence[float] = RATIOS,
     estimator: str = "systematic", scores: str = "product", min_k: int = 1,
-    loss: Loss | None = None, draws: int = 4, seed: int = 0,
+    objective: str = "scaled", loss: Loss | None = None, draws: int = 4, seed: int = 0,
 ) -> Tuning:  # fmt: skip
     """Propose a ratio for every layer, so that errors are small and FLOPs within a budget.
 
-    Every product is measured at every ratio from the operands of one exact step. What is lowered is
-    the squared error to expect of all gradients: that of a weight's gradient counts as it is, the
-    relative error of a grad_input for the gradients of the layers before it, that of a forward for
-    all of them. FLOPs go where they lower it most, along the convex hulls of the products' curves:
-    the optimum of the relaxed problem (Lagrange), one option off that of the whole one at most.
+    What is lowered is the sum over layers of the squared relative error that each leaves when it is
+    sampled alone. FLOPs go where they lower it most, along the convex hulls of the layers' curves:
+    the optimum of the relaxed problem (Lagrange), one step off that of the whole one at most. The
+    sum takes errors of different layers for uncorrelated: so are draws of unbiased estimators;
+    errors of top-k may add up or cancel. Therefore the result also tells what was measured with
+    every layer changed, beside one ratio for all, on the same batch.
 
     Args:
         model: a module, compiled or not.
-        batch: one input, a tuple of them, or a dict by name.
-        config: what everything else is taken from; its rules follow behind the tuned ones.
+        batch: one input, a tuple of them, or a dict by name. Ratios suit this batch: take a typical
+            one.
+        config: what everything else is taken from; its rules follow behind the tuned ones. If rules
+            of it sample, their patterns are what is tuned, and ``roles``, ``estimator``, ``scores``
+            and ``min_k`` are not used; a schedule gives way to a number. Else ``roles`` are sampled
+            in every layer beside what its rules say.
         flops: budget, as a share of the dense FLOPs of the products that are tuned.
         roles: which products. A tuned forward takes its gradients along, where these are not tuned
             on their own.
-        ratios: to choose from; 1.0 is dense.
+        ratios: to choose from; 1.0 is exact.
         estimator: of :class:`~sparsefx.Sampled`.
         scores: of :class:`~sparsefx.Sampled`.
         min_k: of :class:`~sparsefx.Sampled`.
+        objective: whose errors count. "gradients": all gradients as one vector, by a run of the
+            model for every layer, ratio and draw. "scaled": the same for one ratio, near the
+            budget; at others it is taken to grow as the products' own errors do. "products": each
+            product's own, given exact operands, all in one run; it doesn't know which matter.
+            Nothing is compiled for any of these runs.
         loss: function of (model, batch) to one number; by default the model's own.
         draws: how often random estimators draw.
-        seed: of the draws.
+        seed: of everything random.
 
     Raises:
-        DiagnosticsError: for a budget below what the smallest ratio leaves, with that share; for
+        DiagnosticsError: for a budget below what the smallest ratios leave, with that share; for
             roles or ratios that are none; for a model of which no product can be sampled.
-        ConfigError: for a bad config, estimator, scores or min_k.
+        ConfigError: for a bad config, ratio, estimator, scores or min_k.
     """
-    _check(flops, roles, ratios)
-    base = as_config(config)
-    options = [Sampled(r, min_k, estimator, scores) for r in sorted({*map(float, ratios), 1.0})]
-    probe = dataclasses.replace(base, rules=(_rule("*", dict.fromkeys(roles, options[0])),))
-    measured: dict[Unit, list[Option]] = {}
-    forwards: list[Site] = []
-    with compat.as_written(model) as plain:
-        parameters_of(plain)
-        with undisturbed(plain), compat.many_recompiles():
-            torch.manual_seed(seed)
-            recorded = record_step(plain, batch, probe, loss)
-            for step in recorded.steps:
-                forwards += _measure_step(step, probe, options, draws, measured)
-    if not measured:
-        raise DiagnosticsError(
-            f"no {' or '.join(roles)} of {type(plain).__name__} can be sampled: see "
-            "sfx.explain(model, config=...)(batch) for the reasons"
-        )
-    weights = {unit: _weight(unit, forwards, recorded.squares) for unit in measured}
-    chosen = allocate(measured, flops, weights)
-    return _tuning(base, options, chosen, measured)
+    _check(flops, roles, ratios, objective)
+    check_draws(draws, seed)
+    known = sorted({float(ratio) for ratio in ratios})
+    patterns = [Sampled(ratio, min_k, estimator, scores) for ratio in known]
+    base = as_config(config) if config is not None else SparseConfig(rules=())
+    template = _template(base, dict.fromkeys(roles, patterns[0]))
+    eager = interpreted(template)
+    with bench(model, batch, loss, seed) as runs:
+        observed = Observed(_uniform(eager, known[0]))
+        measured = Measured(runs, observed, runs.run(observed)[1], eager, draws)
+        every = units_of(observed.calls, eager)
+        units = [unit for unit in every if any(acts(measured.decided(unit, r)) for r in known)]
+        if not units:
+            raise DiagnosticsError(_nothing(type(model).__name__, roles, measured, every, known[0]))
+        dense = sum(unit.dense_flops() for unit in units)
+        budget = math.floor(flops * dense)
+        curves = measured.curves(units, known, objective, flops)
+        chosen = dict(zip(units, _allocate(curves, budget, dense, flops), strict=True))
+        picked = {unit: known[place] for unit, place in chosen.items()}
+        uniform = measured.uniform(units, budget)
+        error = measured.together(picked)
+        beside = None if uniform is None else measured.together(dict.fromkeys(units, uniform))
+    rows = [
+        _row(unit, known, curve, chosen[unit]) for unit, curve in zip(units, curves, strict=True)
+    ]
+    return Tuning(
+        config=_config(base, every, picked, known[-1]),
+        rows=tuple(rows),
+        flops_dense=dense,
+        flops=sum(row.flops for row in rows),
+        objective=objective,
+        error=error,
+        uniform_ratio=uniform,
+        uniform_error=beside,
+    )
 
 
-def _check(flops: float, roles: Sequence[str], ratios: Sequence[float]) -> None:
+def _check(flops: object, roles: Sequence[str], ratios: Sequence[float], objective: str) -> None:
     if isinstance(flops, bool) or not isinstance(flops, int | float) or not 0 < flops <= 1:
         raise DiagnosticsError(f"flops={flops!r} must be a share in (0, 1]")
-    for role in roles:
-        if role not in ROLES:
-            raise DiagnosticsError(f"roles: {role!r} is not one of {', '.join(ROLES)}")
-    if not roles or not ratios:
+    if not roles or not ratios or isinstance(roles, str):
         raise DiagnosticsError(f"roles={roles!r}, ratios={ratios!r}: give at least one of each")
+    for role in roles:
+        if role not in KEYS:
+            raise DiagnosticsError(f"roles: {role!r} is not one of {', '.join(KEYS)}")
+    if objective not in OBJECTIVES:
+        raise DiagnosticsError(f"objective={objective!r} is not one of {', '.join(OBJECTIVES)}")
 
 
-# --- measuring
+def _template(base: SparseConfig, patterns: Mapping[str, Any]) -> SparseConfig:
+    """The config whose sampled patterns are tuned."""
+    rules = base.effective_rules()
+    if any(True for rule in rules for _ in rule.sampled()):
+        return base
+    sampling = [replace(rule, **patterns) for rule in (*rules, Rule("*"))]
+    return replace(base, rules=tuple(sampling))
 
 
-def _weight(unit: Unit, forwards: Sequence[Site], squares: Mapping[str, float]) -> float:
-    """How much a squared relative error of this product adds to that of all gradients."""
-    layer, role = unit
-    places = [place for place, site in enumerate(forwards) if site.layer == layer]
-    own = forwards[places[0]].weight_name
-    if role == "grad_weight" and own is not None:
-        return squares.get(own, 0.0)
-    reached = forwards if role == "forward" else forwards[: places[-1]]
-    names = {site.weight_name for site in reached if site.weight_name is not None}
-    return sum(squares.get(name, 0.0) for name in names)
+def _uniform(config: SparseConfig, ratio: float) -> SparseConfig:
+    rules = [with_ratio(rule, dict.fromkeys(KEYS, ratio)) for rule in config.effective_rules()]
+    return replace(config, rules=tuple(rules))
 
 
-def _measure_step(
-    step: Step, probe: SparseConfig, options: Sequence[Sampled], draws: int,
-    measured: dict[Unit, list[Option]],
-) -> list[Site]:  # fmt: skip
-    forwards: dict[int, tuple[Site, list[list[Draw]]]] = {}  # group -> its draws, by option
-
-    def visit(plan: Plan, node: Node, args: tuple[Any, ...], result: Tensor) -> None:
-        site, derived = plan.site, bool(plan.decision and plan.decision.derived)
-        exact = product_of(node.target, args, result).double()
-        if derived:
-            follows, drawn = forwards[site.group]
-        else:
-            follows, drawn = site, _draws(plan, node, args, options, draws)
-            if site.role == "forward":
-                forwards[site.group] = site, drawn
-        unit = site.layer, "forward" if derived else site.role
-        squares = float(exact.square().sum()) or 1.0
-        total = measured.setdefault(unit, [Option(p.ratio, 0, 0.0) for p in options])  # type: ignore[arg-type]
-        for i, pattern in enumerate(options):
-            error = 0.0
-            for one in drawn[i]:
-                if derived:
-                    found = derivative(plan, node.target, exact, one)
-                else:
-                    found = approximate(node.target, args, one).double()
-                error += float((found - exact).square().sum()) / squares / len(drawn[i])
-            spent = cost.sparse_flops(site, pattern, follows)
-            total[i] = Option(total[i].ratio, total[i].flops + spent, total[i].error + error)
-
-    return visit_products(step, probe, visit)
-
-
-def _draws(
-    plan: Plan, node: Node, args: tuple[Any, ...], options: Sequence[Sampled], draws: int
-) -> list[list[Draw]]:
-    scores = scores_of(plan, options[0], node.target, args)
-    return [
-        []
-        if pattern.k(scores.shape[-1]) == scores.shape[-1]  # exact
-        else [draw(scores, pattern) for _ in range(draws if pattern.random else 1)]
-        for pattern in options
+def _config(
+    base: SparseConfig, units: Sequence[Unit], picked: Mapping[Unit, float], most: float
+) -> SparseConfig:
+    """Rules that name each layer, then the given ones; what can't be tuned gets most."""
+    layers: dict[str, tuple[Rule, dict[Key, float]]] = {}
+    for unit in units:
+        layers.setdefault(unit.layer, (unit.rule, {}))[1][unit.key] = picked.get(unit, most)
+    rules = [
+        replace(with_ratio(rule, ratios), match=glob.escape(layer))
+        for layer, (rule, ratios) in layers.items()
     ]
+    return replace(base, rules=(*rules, *base.effective_rules()))
 
 
-# --- choosing
+def _row(unit: Unit, ratios: Sequence[float], curve: Sequence[Option], place: int) -> Tuned:
+    points = [(r, o.cost, math.sqrt(o.error)) for r, o in zip(ratios, curve, strict=True)]
+    _, flops, error = points[place]
+    dense = unit.dense_flops()
+    return Tuned(unit.layer, unit.key, ratios[place], dense, flops, error, tuple(points))
 
 
-def allocate(
-    measured: Mapping[Unit, Sequence[Option]], share: float, weights: Mapping[Unit, float]
-) -> dict[Unit, Option]:
-    """Choose an option for every unit: small errors, FLOPs within a share of the dense ones.
-
-    Args:
-        measured: options by unit.
-        share: of the FLOPs of the dearest options.
-        weights: what an error of each unit counts.
-
-    Raises:
-        DiagnosticsError: when even the cheapest options are over the budget.
-    """
-    hulls = {unit: _hull(options) for unit, options in measured.items()}
-    budget = share * sum(max(o.flops for o in options) for options in measured.values())
-    place = dict.fromkeys(hulls, 0)
-    spent = sum(hull[0].flops for hull in hulls.values())
-    if spent > budget:
-        least = share * spent / budget
+def _allocate(
+    curves: Sequence[Sequence[Option]], budget: int, dense: int, flops: float
+) -> list[int]:
+    least = sum(min(option.cost for option in curve) for curve in curves)
+    if least > budget:
+        share = math.ceil(1e4 * least / dense) / 1e4  # rounded up, so that it suffices
         raise DiagnosticsError(
-            f"flops={share:g} is below {least:.4f}, what the smallest ratio leaves: raise it, or "
+            f"flops={flops:g} is below {share:.4f}, what the smallest ratio leaves: raise it, or "
             "give smaller ratios"
         )
-    steps = [
-        (-weights[unit] * _slope(hull[i], hull[i + 1]), unit, i)
-        for unit, hull in hulls.items()
-        for i in range(len(hull) - 1)
+    return allocate(curves, budget)
+
+
+def _nothing(
+    name: str, roles: Sequence[str], measured: Measured, units: Sequence[Unit], ratio: float
+) -> str:
+    reasons = [
+        f"{unit.layer} {role}: {decision.reason}"
+        for unit in units
+        for decisions in measured.decided(unit, ratio).values()
+        for role, decision in decisions.items()
     ]
-    for _, unit, i in sorted(steps, key=lambda step: -step[0]):
-        more = hulls[unit][i + 1].flops - hulls[unit][i].flops
-        if place[unit] == i and spent + more <= budget:
-            place[unit], spent = i + 1, spent + more
-    return {unit: hulls[unit][i] for unit, i in place.items()}
-
-
-def _hull(options: Sequence[Option]) -> list[Option]:
-    """Lower convex hull of error over FLOPs: falling, ever less steeply."""
-    hull: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.flops, o.error)):
-        if hull and option.error >= hull[-1].error:
-            continue
-        while len(hull) > 1 and _slope(hull[-1], option) <= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(option)
-    return hull
-
-
-def _slope(one: Option, other: Option) -> float:
-    return (other.error - one.error) / (other.flops - one.flops)
-
-
-# --- the result
-
-
-def _rule(match: str, patterns: Mapping[str, Any]) -> Rule:
-    own = {role: patterns[role] for role in ROLES if role in patterns}
-    return Rule(match, **{"forward": Dense(), **own})
-
-
-def _tuning(
-    base: SparseConfig, options: Sequence[Sampled], chosen: Mapping[Unit, Option],
-    measured: Mapping[Unit, Sequence[Option]],
-) -> Tuning:  # fmt: skip
-    by_ratio = {pattern.ratio: pattern for pattern in options}
-    layers: dict[str, dict[str, Any]] = {}
-    rows = []
-    for (layer, role), option in chosen.items():
-        exact = option.ratio == 1.0
-        layers.setdefault(layer, {})[role] = Dense() if exact else by_ratio[option.ratio]
-        dense = max(o.flops for o in measured[layer, role])
-        relative = option.error**0.5
-        rows.append(Tuned(layer, role, option.ratio, dense, option.flops, relative))
-    rules = [_rule(_escaped(layer), patterns) for layer, patterns in layers.items()]
-    config = dataclasses.replace(base, rules=(*rules, *(base.rules or ())))
-    total = sum(row.flops_dense for row in rows)
-    return Tuning(config, tuple(rows), total, sum(row.flops for row in rows))
-
-
-def _escaped(name: str) -> str:
-    """A glob that matches exactly this name."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    found = "; ".join(reasons[:5]) or "no rule that samples matches a layer"
+    return f"no {' or '.join(roles)} of {name} can be sampled: {found}{more}"

@@ -137,9 +137,27 @@ def test_a_hugging_face_batch_has_its_loss():
     assert "gradients against exact ones, 2 draws" in text
     assert "classifier.bias" in text
     assert preset.to_dict()["rows"][0]["parameter"] == preset.rows[0].parameter
-    train = model.train()  # attention's dropout is a function, not a module
-    with pytest.raises(DiagnosticsError, match=r"differs between two seeds: .*model\.eval\(\)"):
-        gradient_error(train, batch, "sampled-backward-0.3")
+
+
+def test_dropout_is_the_same_in_every_run():
+    """In a module or in a function: what is not sampled has no error at all."""
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.drop = nn.Linear(8, 16), nn.Linear(16, 8), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return F.dropout(self.two(self.drop(self.one(x).relu())), 0.3, self.training)
+
+    config = sfx.SparseConfig([sfx.Rule("one", grad_weight=BACKWARD)])
+    found = gradient_error(Dropping(), torch.randn(9, 8), config, loss=squared, draws=3)
+    assert found["one.weight"].noise > 0.1
+    for name in ("one.bias", "two.weight", "two.bias"):
+        assert (found[name].relative, found[name].max, found[name].cosine) == (0, 0, 1), name
+        assert found[name].norm > 0
+    other = gradient_error(Dropping(), torch.randn(9, 8), config, loss=squared, draws=3, seed=1)
+    assert other["two.weight"].relative == 0
 
 
 def test_a_picture(tmp_path, linear):

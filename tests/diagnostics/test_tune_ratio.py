@@ -1,17 +1,12 @@
-"""product_error by hand; tune_ratio against brute force, and against one ratio for all."""
+"""product_error by hand; tune_ratio against one ratio for all."""
 
-import itertools
-
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional as F
 
 import sparsefx as sfx
 from sparsefx.diagnostics import gradient_error, product_error, tune_ratio
-from sparsefx.diagnostics.tuning import Option, allocate
 from sparsefx.errors import ConfigError, DiagnosticsError
 
 
@@ -99,45 +94,6 @@ def test_every_estimator_runs_on_every_product(shapes, estimator):
         assert all(0 < row.relative < 20 for row in rows)
     full = product_error(model, x, every(forward=sfx.Sampled(mass=0.5)), loss=squared)
     assert full.to_dict()["rows"][0]["pattern"] == "sampled mass 0.5"
-
-
-# --- choosing
-
-
-def total(measured, weights, chosen):
-    return sum(weights[unit] * option.error for unit, option in chosen.items())
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), share=st.floats(0.3, 1))
-def test_allocation_is_near_the_best_there_is(data, share):
-    units = [("a", "forward"), ("b", "grad_weight"), ("c", "grad_input")]
-    measured, weights = {}, {}
-    for unit in units:
-        errors = sorted(data.draw(st.lists(st.floats(0, 4), min_size=3, max_size=3)), reverse=True)
-        cost = data.draw(st.integers(10, 1000))
-        flops = [cost // 10, cost // 3, cost // 2, cost]
-        measured[unit] = [
-            Option(r, f, e)
-            for r, f, e in zip((0.1, 0.3, 0.5, 1.0), flops, [*errors, 0.0], strict=True)
-        ]
-        weights[unit] = data.draw(st.floats(0, 3))
-    chosen = allocate(measured, share, weights)
-    budget = share * sum(options[-1].flops for options in measured.values())
-    assert sum(option.flops for option in chosen.values()) <= budget
-    best = min(
-        total(measured, weights, dict(zip(units, pick, strict=True)))
-        for pick in itertools.product(*measured.values())
-        if sum(option.flops for option in pick) <= budget
-    )
-    # greedy along hulls is off by one option's gain at most
-    gains = [weights[u] * (o[0].error - o[-1].error) for u, o in measured.items()]
-    assert total(measured, weights, chosen) <= best + max(gains) + 1e-9
-
-
-def test_everything_is_dense_where_the_budget_allows():
-    measured = {("a", "forward"): [Option(0.5, 50, 1.0), Option(1.0, 100, 0.0)]}
-    assert allocate(measured, 1.0, {("a", "forward"): 1.0})["a", "forward"].ratio == 1.0
 
 
 # --- a whole model
@@ -246,3 +202,95 @@ def test_what_it_refuses(mlp, arguments, error, message):
 def test_draws_of_products_are_counted(shapes):
     with pytest.raises(DiagnosticsError, match="draws=0 must be an int"):
         product_error(*shapes, every(), draws=0)
+
+
+def test_what_is_foretold_is_what_a_layer_alone_does(mlp):
+    model, batch = mlp
+    config = every(grad_weight=sfx.Sampled(0.5))
+    errors = gradient_error(model, batch, config, loss=entropy, isolated=True)
+    alone = {row.layer: row for row in errors.isolated}
+    products = {r.layer: r for r in product_error(model, batch, config, loss=entropy).rows}
+    for objective in ("gradients", "scaled", "products"):
+        tuned = tune_ratio(
+            model, batch, flops=0.5, estimator="topk", roles=["grad_weight"],
+            ratios=[0.25, 0.5, 1], loss=entropy, objective=objective,
+        )  # fmt: skip
+        assert [row.layer for row in tuned.rows] == ["0", "2", "4"]
+        for row in tuned.rows:
+            _, flops, error = row.curve[1]
+            assert flops == row.flops_dense // 2
+            expected = products[row.layer] if objective == "products" else alone[row.layer]
+            assert error == pytest.approx(expected.relative, rel=1e-4)
+            assert row.curve[0][2] > error
+            assert row.curve[2] == (1.0, row.flops_dense, 0.0)
+    whole = gradient_error(model, batch, tuned.config, loss=entropy).total
+    assert tuned.error == pytest.approx(whole.relative, rel=1e-4)
+    uniform = sfx.SparseConfig([sfx.Rule("*", grad_weight=sfx.Sampled(tuned.uniform_ratio))])
+    whole = gradient_error(model, batch, uniform, loss=entropy).total
+    assert tuned.uniform_error == pytest.approx(whole.relative, rel=1e-4)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(12, 12), nn.Linear(12, 24), nn.Linear(24, 3)
+
+    def forward(self, x):
+        return self.out(self.two(self.one(self.one(x).tanh())).tanh())
+
+
+def test_a_template_keeps_all_but_its_ratios():
+    model, x = Twice(), torch.randn(40, 12)
+    schedule = sfx.RatioSchedule(0.2, 0.8, steps=10)
+    base = sfx.SparseConfig(
+        [
+            sfx.Rule("one", forward=sfx.Sampled(0.9, 3), grad_input=sfx.Dense()),
+            sfx.Rule("t*", forward=sfx.NM(2, 4), grad_weight=sfx.Sampled(schedule, scores="input")),
+            sfx.Rule("out", forward=sfx.Sampled(0.1)),
+        ],
+        verify=True,
+    )
+    tuned = tune_ratio(model, x, base, flops=0.6, loss=squared)
+    assert [(row.layer, row.role) for row in tuned.rows] == [
+        ("one", "forward"), ("two", "grad_weight"),
+    ]  # fmt: skip
+    one, two = tuned.rows
+    assert one.flops_dense == 2 * 2 * 2 * 40 * 12 * 12  # two calls; grad_input is not tuned
+    rules = tuned.config.rules
+    assert rules[0] == sfx.Rule("one", forward=sfx.Sampled(one.ratio, 3), grad_input=sfx.Dense())
+    pattern = sfx.Sampled(two.ratio, scores="input")
+    assert rules[1] == sfx.Rule("two", forward=sfx.NM(2, 4), grad_weight=pattern)
+    assert rules[2] == sfx.Rule("out", forward=sfx.Sampled(1.0))  # stays dense as the output
+    assert rules[3:] == base.rules
+    assert tuned.config.verify
+    report = sfx.explain(model, config=tuned.config)(x)
+    found = [
+        s
+        for s in report.sites
+        if (s.layer, s.role) in {("one", "forward"), ("one", "grad_weight"), ("two", "grad_weight")}
+    ]
+    assert sum(site.flops_sparse for site in found) == tuned.flops <= 0.6 * tuned.flops_dense
+    assert sum(site.flops_dense for site in found) == tuned.flops_dense
+
+
+def test_what_a_template_may_not_hold():
+    model, x = Twice(), torch.randn(8, 12)
+    mass = sfx.SparseConfig([sfx.Rule("*", forward=sfx.Sampled(mass=0.5))])
+    with pytest.raises(DiagnosticsError, match="takes as many pairs as hold a mass: give a ratio"):
+        tune_ratio(model, x, mass, loss=squared)
+    seen = []
+
+    def first(site):
+        seen.append(site.group)
+        return site.group == 0
+
+    rules = [sfx.Rule(first, forward=sfx.Sampled(0.5)), sfx.Rule("*", forward=sfx.Sampled(0.4))]
+    with pytest.raises(DiagnosticsError, match="calls of layer 'one' match different rules"):
+        tune_ratio(model, x, sfx.SparseConfig(rules), loss=squared)
+    dense = sfx.SparseConfig([sfx.Rule("out", forward=sfx.Sampled(0.5))])
+    with pytest.raises(
+        DiagnosticsError, match="can be sampled: out forward: feeds the model's out"
+    ):
+        tune_ratio(model, x, dense, loss=squared)
+    with pytest.raises(DiagnosticsError, match="objective='best' is not one of gradients, scaled"):
+        tune_ratio(model, x, loss=squared, objective="best")
