@@ -195,6 +195,7 @@ def train(
     if (found := restore(path, options)) is not None:
         model.load_state_dict(found["model"])  # the masks are buffers among the rest
         optimizer.load_state_dict(found["optimizer"])
+        torch.set_rng_state(found["random"])  # sampled products draw from it
         step, run.curve = found["step"], [tuple(point) for point in found["curve"]]
     held_out = windows(text.valid, 64, options.context, seed=0)
     compiled = compile_for(run, model, options.codegen)
@@ -224,6 +225,7 @@ def train(
                     "curve": run.curve,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
+                    "random": torch.get_rng_state(),
                 },
             )
         tick(step, f"loss {run.curve[-1][1]:.3f}")
