@@ -108,7 +108,7 @@ LANES = 16  # float32 in the widest vector
 
 
 def whole_vectors(x: Tensor, rows: Any) -> Tensor:
-    """x [n, k] with columns of zeros behind it, so that a @ x, a [rows, n], has whole vectors.
+    """X [n, k] with columns of zeros behind it, so that a @ x, a [rows, n], has whole vectors.
 
     A float32 product whose width they don't divide takes up to a third longer on CPU. Where x is
     longer than about 500, that is more than a copy of x takes.
