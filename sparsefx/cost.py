@@ -83,8 +83,9 @@ class Work(NamedTuple):
 class Pace:
     """Microseconds: of 1e6 operations in float32, of 1e6 bytes, of a score that is sorted, a call.
 
-    On "cpu" estimated for 2 cores with AVX-512 (``benchmarks/profit.py --fit`` fits them); what decides is how
-    they relate, which differs less between machines. On "cuda" reasoned from an H200's peaks.
+    On "cpu" estimated for 2 cores with AVX-512 (``benchmarks/profit.py --fit`` fits them); what
+    decides is how they relate, which differs less between machines. On "cuda" reasoned from an
+    H200's peaks.
     """
 
     flops: float
