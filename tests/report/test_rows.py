@@ -199,6 +199,22 @@ def test_lowering_names_the_kernel():
     assert lowering_of("nm_mm", "cuda") == "triton nm_mm"
 
 
+@pytest.mark.parametrize(
+    ("op", "pattern", "said"),
+    [
+        ("sampled_mm", Sampled(0.5), "triton sampled_mm"),
+        ("sampled_mm", Sampled(0.5, estimator="systematic"), "gathered GEMM"),
+        ("sampled_mm_grad_input", Sampled(mass=0.5), "gathered GEMM"),
+        ("sampled_mm_grad_weight", Sampled(0.5, estimator="bernoulli"),
+         "triton sampled_mm_grad_weight"),
+        ("sampled_mm_grad_weight", Sampled(0.5, estimator="topk_mean"), "gathered GEMM"),
+    ],
+)  # fmt: skip
+def test_kernels_leave_scaled_pairs_to_the_reference(op, pattern, said, monkeypatch):
+    monkeypatch.setattr("sparsefx.report.rows.kernel_for", lambda op, _: f"triton {op}")
+    assert lowering_of(op, "cuda", pattern) == said
+
+
 def drop_sparse_products(gm):
     """A user's pass that undoes every masked product."""
     from sparsefx import ops
