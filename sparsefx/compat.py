@@ -176,8 +176,12 @@ def _heed_marks(joint: GraphModule) -> None:
     from torch.utils.checkpoint import CheckpointPolicy
 
     nodes = list(joint.graph.nodes)
-    if not any(n.meta.get("recompute") == CheckpointPolicy.MUST_SAVE for n in nodes):
+    marked = [n for n in nodes if n.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
+    if not marked:
         return
+    for node in marked:  # a policy that saves everything marks tuples, which can't be saved
+        if not isinstance(node.meta.get("val"), Tensor):
+            del node.meta["recompute"]
     key = getattr(traceback, "MEMORY_BUDGET_ANNOTATION_KEY", None)  # regions came after 2.11
     for node in nodes:
         if node.meta.get("memory_budget") == 0:

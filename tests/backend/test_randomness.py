@@ -122,6 +122,22 @@ def test_in_a_checkpointed_region():
         assert all(agree(run)[0] for _ in range(4))
 
 
+def test_a_policy_that_saves_everything_at_a_budget_of_nothing():
+    """It marks what returns several tensors as well, which no partitioner can save."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def contexts():
+        return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+
+    class Saved(Reads):
+        def forward(self, x):
+            return checkpoint(self.product, x, use_reentrant=False, context_fn=contexts)
+
+    with budget(0.0):
+        run = compiled(Saved())
+        assert all(agree(run)[0] for _ in range(2))
+
+
 def test_checkpointed_from_outside():
     run = compiled(Reads())
     assert all(agree(lambda x: checkpoint(run, x, use_reentrant=False))[0] for _ in range(4))

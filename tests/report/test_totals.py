@@ -122,3 +122,20 @@ def test_dense_saves_the_same():
     model, x = stack(), torch.randn(64, 64)
     totals = sfx.explain(model, config=cfg)(x).totals
     assert totals.saved_bytes == totals.saved_bytes_sparse == really_saved(model, cfg, x)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.1])
+def test_rows_that_the_input_chooses_are_all_that_is_saved(ratio):
+    """Layers without anything between them keep their inputs for grad_weight alone."""
+    rows, width, layers = 600, 64, 4
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    x = torch.randn(rows, width)
+    pattern = Sampled(ratio, estimator="systematic", scores="input")
+    cfg = config(Rule("*", grad_weight=pattern), keep_output_dense=False)
+    totals = sfx.explain(model, config=cfg)(x).totals
+    k, inner = pattern.k(rows), layers - 1
+    assert totals.saved_bytes == inner * rows * width * 4  # the first input is the user's own
+    indices_and_scales = layers * k * (8 + 4)
+    expected = layers * k * width * 4 + indices_and_scales
+    assert totals.saved_bytes_sparse == pytest.approx(expected, rel=0.03)
+    assert totals.saved_bytes_sparse == really_saved(model, cfg, x)
