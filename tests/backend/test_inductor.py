@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsefx import Rule, Sampled, SparseConfig, preset
+from sparsefx import NM, Rule, Sampled, SparseConfig, preset
 
 CONFIGS = {
     "default": SparseConfig(),
     "sampled-0.3": preset("sampled-0.3"),
-    "all-three": preset("all-three"),
+    # by top-k: Inductor's random numbers are not eager mode's
+    "all three": SparseConfig([Rule("*", NM(2, 4, transposable=True), grad_weight=Sampled(0.3))]),
 }
 
 
@@ -34,7 +35,7 @@ def steps(model, config, batches):
 
 @pytest.mark.parametrize(
     ("net", "config"),
-    [("MLP", name) for name in CONFIGS] + [("CNN", "all-three"), ("CNN", "sampled-0.3")],
+    [("MLP", "default"), ("MLP", "sampled-0.3"), ("CNN", "all three")],
 )
 def test_three_steps(kit, net, config):
     model = getattr(kit, net)().double()

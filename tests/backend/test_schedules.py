@@ -112,8 +112,6 @@ def equal(got: list[Tensor], wanted: list[Tensor]) -> bool:
 CASES = {
     "dynamic": ("Two", {"dynamic": True}, {}),
     "sizes that change": ("Two", {}, {"sizes": (5, 5, 6, 7, 5, 5)}),
-    "autocast": ("Two", {}, {"mode": lambda: torch.autocast("cpu", torch.bfloat16)}),
-    "drawn at random": ("Two", {}, {"more": {"estimator": "systematic"}}),
     "rows by the input": (
         "Two",
         {},
@@ -121,7 +119,6 @@ CASES = {
     ),
     "graph breaks": ("Broken", {}, {}),
     "checkpointed": ("Checkpointed", {}, {}),
-    "convolutions": ("CNN", {}, {}),
 }
 
 

@@ -207,7 +207,6 @@ def test_every_exported_op_is_one_of_them():
 
 KINDS = [
     (torch.float32, "channels_last"),
-    (torch.float64, "contiguous"),
     (torch.bfloat16, "strided"),
 ]
 
