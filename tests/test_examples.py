@@ -147,8 +147,6 @@ def test_train_gpt_goes_on_where_it_stopped(root: Path, tmp_path: Path):
     other = start(root, *tiny, "--steps", "4", "--batch", "4", "--out", str(tmp_path / "stopped"))
     assert other.returncode == 1
     assert "give the same options, or another --out" in other.stderr
-    shorter = start(root, *tiny, "--steps", "3", "--out", str(tmp_path / "stopped"))
-    assert "is at step 4 already, without a value at step 3" in shorter.stderr
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import torch
 from sparsefx import NM, Rule, Sampled, SparseConfig, preset
 
 CONFIGS = {
-    "default": SparseConfig(),
     "sampled-0.3": preset("sampled-0.3"),
     # by top-k: Inductor's random numbers are not eager mode's
     "all three": SparseConfig([Rule("*", NM(2, 4, transposable=True), grad_weight=Sampled(0.3))]),
@@ -35,7 +34,7 @@ def steps(model, config, batches):
 
 @pytest.mark.parametrize(
     ("net", "config"),
-    [("MLP", "default"), ("MLP", "sampled-0.3"), ("CNN", "all three")],
+    [("MLP", "sampled-0.3"), ("CNN", "all three")],
 )
 def test_three_steps(kit, net, config):
     model = getattr(kit, net)().double()

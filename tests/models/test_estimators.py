@@ -8,7 +8,7 @@ import torch
 import sparsefx as sfx
 
 PAIRS = [
-    ("resnet", "systematic"), ("bert", "bernoulli"), ("vit", "topk_mean"),
+    ("resnet", "systematic"), ("bert", "bernoulli"),
 ]  # fmt: skip
 
 
