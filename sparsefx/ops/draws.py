@@ -128,8 +128,7 @@ def _bernoulli(scores: Tensor, noise: Tensor, k: int, size: int) -> Pair:
     p = inclusion(scores, k)
     keys = torch.where(p > 0, noise.double() / p, torch.inf)
     count = (keys < 1).sum(-1, keepdim=True)
-    order = torch.sort(keys, dim=-1, stable=True)[1].narrow(-1, 0, size)
-    indices = torch.sort(order, dim=-1)[0]
+    indices = _largest(-keys, size)
     room: Any = torch.sym_max(size, 1)  # type: ignore[no-untyped-call]
     thinned = (count / room).clamp(min=1.0)
     scale = thinned * _inverse(p.gather(-1, indices))

@@ -127,12 +127,17 @@ def whole_vectors(x: Tensor, rows: Any) -> Tensor:
 # --- putting back
 
 
+def background(values: Tensor, size: Any, dim: int, rest: Tensor | None) -> Tensor:
+    """What values are put into: as they are but of ``size`` along ``dim``; zeros, or ``rest``."""
+    shape = [*values.shape[:dim], size, *values.shape[dim + 1 :]]
+    return values.new_zeros(shape) if rest is None else rest.expand(shape).contiguous()
+
+
 def spread(
     values: Tensor, indices: Tensor, size: Any, dim: int, rest: Tensor | None = None
 ) -> Tensor:
     """``values`` at the indices along ``dim``, which are unique; zeros, or ``rest``, elsewhere."""
-    shape = [*values.shape[:dim], size, *values.shape[dim + 1 :]]
-    out = values.new_zeros(shape) if rest is None else rest.expand(shape).contiguous()
+    out = background(values, size, dim, rest)
     # not index_copy: Inductor's takes half as long again, for indices that may be negative
     place = [1] * values.dim()
     place[dim] = -1
@@ -145,6 +150,5 @@ def batch_spread(
     """The same for each of a batch: values [B, ...], indices [B, k] or [1, k]; dim is 1 or 2."""
     if _shared(values, indices):
         return spread(values, indices[0], size, dim, rest)
-    shape = [*values.shape[:dim], size, *values.shape[dim + 1 :]]
-    out = values.new_zeros(shape) if rest is None else rest.expand(shape).contiguous()
+    out = background(values, size, dim, rest)
     return out.scatter(dim, indices.unsqueeze(3 - dim).expand(values.shape), values)

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from sparsefx.ops import dense
 from sparsefx.ops._define import define, differentiate
-from sparsefx.ops.gathers import count_of_others, mean_of_others, outside, scaled, spread
+from sparsefx.ops.gathers import (
+    background,
+    count_of_others,
+    mean_of_others,
+    outside,
+    scaled,
+    spread,
+)
 from sparsefx.ops.sampled import PAIRS
 
 aten = torch.ops.aten
@@ -180,9 +187,7 @@ def _sampled_conv_grad_weight(
         values = values[:, :k]
     if count == 1:
         return spread(values, indices[0], per_group, 1, others)
-    full = values.new_zeros(list(weight_size))
-    if others is not None:
-        full = others.expand(weight_size).contiguous()
+    full = background(values, per_group, 1, others)
     return full.scatter(1, _each_output(indices, full, k), values)
 
 
