@@ -8,14 +8,17 @@ does without the three products over k pairs, in the best of the layouts tried, 
     spread    writing both gradients, zeros included
     bias      reading g (in a product it is read for the product)
 
-at what this machine streams, into memory that was just allocated as every result is. Choosing S is
+at what this machine streams. Where gradients are so large that they live in new memory each time,
+what the system takes to provide it counts instead, in huge pages if that is faster. Choosing S is
 not counted, nor what a cache may save of the bytes. ``limit = dense time / (products + bytes)``,
-measured in one run: the median of dense, the least of each part.
+all medians of one run.
 """
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import torch
 from timing import Work, race
@@ -40,24 +43,38 @@ def bandwidth(rounds: int) -> tuple[float, float]:
     memory = torch.ones(STREAM)
     halves = memory.view(2, -1)
     reads = (memory.sum, lambda: torch.dot(halves[0], halves[1]))
-    *read, write = map(min, race([*reads, memory.zero_], rounds))
+    *read, write = map(median, race([*reads, memory.zero_], rounds))
     return 4 * STREAM / min(read), 4 * STREAM / write
 
 
 def filling(results: Sequence[Tensor], rounds: int) -> float:
-    """Milliseconds that writing new tensors of these shapes takes."""
-    works = [lambda like=like: torch.empty_like(like).zero_() for like in results]
-    return sum(map(min, race(works, rounds)))
+    """Milliseconds that zeros in new tensors of these shapes take, in pages of either size."""
+    ways = [
+        (lambda x=x: torch.empty_like(x).zero_(), lambda x=x: huge(x.nbytes).zero_())
+        for x in results
+    ]
+    return sum(min(map(median, race(each, rounds))) for each in ways)
+
+
+def huge(size: int) -> Tensor:
+    """New memory in huge pages, where the system has them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def products(x: Tensor, w: Tensor, grad: Tensor, bias: Tensor, k: int) -> dict[str, list[Work]]:
-    """The three products over k pairs, each with operands laid out either way."""
+    """The three products over k pairs, operands laid out either way, results on whole lines too."""
     picked = (t[:, :k].contiguous() for t in (x, w))
     left, right = ([rows, rows.t().contiguous().t()] for rows in picked)
+    whole = k + -k % LINE
+    gx, gw = (t.new_empty(t.shape[0], whole)[:, :k] for t in (x, w))
     return {
         "forward": [partial(torch.addmm, bias, xs, ws.t()) for xs in left for ws in right],
-        "grad_input": [partial(torch.mm, grad, ws) for ws in right],
-        "grad_weight": [partial(torch.mm, grad.t(), xs) for xs in left],
+        "grad_input": [partial(torch.mm, grad, ws, out=o) for ws in right for o in (None, gx)],
+        "grad_weight": [partial(torch.mm, grad.t(), xs, out=o) for xs in left for o in (None, gw)],
     }
 
 
@@ -69,7 +86,7 @@ def steps(x: Tensor, w: Tensor, grad: Tensor, bias: Tensor, k: int, rounds: int)
         times = iter(race([way for each in ways.values() for way in each], rounds))
     found = []
     for name, each in ways.items():
-        best = min(min(next(times)) for _ in each)
+        best = min(median(next(times)) for _ in each)
         found.append(Step(f"product, {name}", 0, 0, best))
     both, share = 4.0 * (x.numel() + w.numel()), k / x.shape[1]
     touched = 1 - (1 - share) ** LINE
@@ -79,7 +96,7 @@ def steps(x: Tensor, w: Tensor, grad: Tensor, bias: Tensor, k: int, rounds: int)
         "bias": (4.0 * grad.numel(), 0.0),
     }
     found += [Step(n, r, s, r / read + s / write) for n, (r, s) in bytes_of.items()]
-    return [*found, Step("spread", 0.0, both, filling([x, w], rounds))]
+    return [*found, Step("spread", 0.0, both, max(both / write, filling([x, w], rounds)))]
 
 
 def total(found: Sequence[Step]) -> float:

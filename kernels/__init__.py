@@ -2,7 +2,8 @@
 
 The torch dispatcher is the only registry: the reference serves every device, and a row below
 overrides it for one dispatch key. A launcher's module, and with it triton, is imported on the
-op's first call. Where triton isn't installed its rows are left out and the reference serves.
+op's first call; C++ is built then. Where triton isn't installed its rows are left out and the
+reference serves; so it does where C++ can't be built.
 """
 
 import functools
@@ -28,7 +29,7 @@ class Row(NamedTuple):
     op: str  # its name in the sparsefx namespace
     key: str  # the dispatch key that it overrides
     target: str  # "module:function", the launcher; its signature is the op's
-    needs: str  # the package without which the row is left out
+    needs: str  # the package without which the row is left out; "" needs none
     name: str  # what a report calls it
 
 
@@ -55,6 +56,9 @@ TABLE = (
         "triton",
         "triton sampled_mm_grad_weight",
     ),
+    Row("take_columns", "CPU", "sparsefx.kernels.moves.cpu:take_columns", "", "C++ take_columns"),
+    Row("scattered_mm", "CPU", "sparsefx.kernels.moves.cpu:scattered_mm", "", "C++ scattered_mm"),
+    Row("sum_rows", "CPU", "sparsefx.kernels.moves.cpu:sum_rows", "", "C++ sum_rows"),
 )
 
 _LIBRARY = torch.library.Library("sparsefx", "IMPL")
@@ -64,7 +68,7 @@ def register() -> None:
     """Give every row whose package is installed to the dispatcher; a second call adds nothing."""
     for row in TABLE:
         op = getattr(torch.ops.sparsefx, row.op).default
-        if importlib.util.find_spec(row.needs) and not ops.has_kernel(op, row.key.lower()):
+        if _installed(row.needs) and not ops.has_kernel(op, row.key.lower()):
             _LIBRARY.impl(row.op, _imported_on_first_call(row.target), row.key)
 
 
@@ -77,8 +81,12 @@ def kernel_for(op_name: str, device_type: str) -> str | None:
     """
     for row in TABLE:
         if (row.op, row.key.lower()) == (op_name, device_type):
-            return row.name if importlib.util.find_spec(row.needs) else None
+            return row.name if _installed(row.needs) else None
     return None
+
+
+def _installed(package: str) -> bool:
+    return not package or importlib.util.find_spec(package) is not None
 
 
 def _imported_on_first_call(target: str) -> Callable[..., torch.Tensor]:

@@ -16,6 +16,7 @@ from sparsefx.passes.rewrite_nm import rewrite_nm
 from sparsefx.passes.rewrite_sampled import rewrite_sampled
 from sparsefx.passes.select_sites import select_sites
 from sparsefx.passes.share_masks import share_masks
+from sparsefx.passes.sum_rows import sum_rows
 
 __all__ = [
     "canonicalize",
@@ -28,4 +29,5 @@ __all__ = [
     "rewrite_sampled",
     "select_sites",
     "share_masks",
+    "sum_rows",
 ]

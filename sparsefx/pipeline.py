@@ -76,6 +76,7 @@ def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[t
         ("share_masks", passes.share_masks),
         *((getattr(function, "__name__", "pass"), function) for function in own),
         ("cleanup", passes.cleanup),
+        ("sum_rows", partial(passes.sum_rows, excluded=known.nodes)),
         ("inline_references", passes.inline_references),
     ]
 
@@ -168,15 +169,16 @@ def _message(name: str, error: Exception, gm: GraphModule) -> str:
 
 
 def _exclude(known: _Exclusions, error: SitesFailedError) -> bool:
-    """Leave the failing layers alone from now on; False if nothing new was learned."""
+    """Leave the failing layers alone from now on, or the node; False if nothing new was learned."""
     new = False
     for failure in error.failures:
-        if failure.group is not None and failure.group >= 0:
-            new = new or failure.group not in known.groups
-            known.groups[failure.group] = f"{error.pass_name} failed: {failure.error}"
-        else:
-            new = new or failure.node not in known.nodes
+        group = -1 if failure.group is None else failure.group
+        if group >= 0 and group not in known.groups:
+            known.groups[group] = f"{error.pass_name} failed: {failure.error}"
+            new = True
+        elif failure.node not in known.nodes:  # it is no product, or fails beside a dense one too
             known.nodes.add(failure.node)
+            new = True
     return new
 
 

@@ -14,6 +14,7 @@ from sparsefx.ops.draws import (
     topk_mm_indices,
     with_replacement_indices,
 )
+from sparsefx.ops.moves import scattered_mm, sum_rows, take_columns
 from sparsefx.ops.nm import (
     masked_conv,
     masked_conv_grad_input,
@@ -83,7 +84,10 @@ __all__ = [
     "sampled_mm_grad_input",
     "sampled_mm_grad_weight",
     "sampled_mm_weight",
+    "scattered_mm",
+    "sum_rows",
     "systematic_indices",
+    "take_columns",
     "topk_conv_indices",
     "topk_indices",
     "topk_mm_indices",

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsefx.ops.moves import background, columns_of, spread
+
 # --- matrices
 
 
 def rows(w: Tensor, indices: Tensor) -> Tensor:
     """w[S, :] of [K, N], read along memory: a transposed view is gathered by its columns."""
     if w.stride(0) < w.stride(1):
-        return w.t().index_select(1, indices).t()
+        return columns_of(w.t(), indices).t()
     return w.index_select(0, indices)
 
 
@@ -102,52 +104,13 @@ def count_of_others(size: Any, k: Any) -> Any:
     return torch.sym_max(size - k, 1)  # type: ignore[no-untyped-call]
 
 
-# --- layouts that products run fast on
-
-LANES = 16  # float32 in the widest vector
-
-
-def whole_vectors(x: Tensor, rows: Any) -> Tensor:
-    """X [n, k] with columns of zeros behind it, so that a @ x, a [rows, n], has whole vectors.
-
-    A float32 product whose width they don't divide takes up to a third longer on CPU. Where x is
-    longer than about 500, that is more than a copy of x takes.
-    """
-    known = all(isinstance(size, int) for size in (*x.shape, rows))
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not known:
-        return x
-    ragged = -x.shape[1] % LANES
-    if not ragged or min(rows, x.shape[0]) < 512 or x.shape[1] < 8 * LANES:
-        return x
-    if x.stride(0) < x.stride(1):  # along memory
-        return torch.nn.functional.pad(x.t(), (0, 0, 0, ragged)).t()
-    return torch.nn.functional.pad(x, (0, ragged))
-
-
 # --- putting back
-
-
-def background(values: Tensor, size: Any, dim: int, rest: Tensor | None) -> Tensor:
-    """What values are put into: as they are but of ``size`` along ``dim``; zeros, or ``rest``."""
-    shape = [*values.shape[:dim], size, *values.shape[dim + 1 :]]
-    return values.new_zeros(shape) if rest is None else rest.expand(shape).contiguous()
-
-
-def spread(
-    values: Tensor, indices: Tensor, size: Any, dim: int, rest: Tensor | None = None
-) -> Tensor:
-    """``values`` at the indices along ``dim``, which are unique; zeros, or ``rest``, elsewhere."""
-    out = background(values, size, dim, rest)
-    # not index_copy: Inductor's takes half as long again, for indices that may be negative
-    place = [1] * values.dim()
-    place[dim] = -1
-    return out.scatter(dim, indices.view(place).expand(values.shape), values)
 
 
 def batch_spread(
     values: Tensor, indices: Tensor, size: Any, dim: int, rest: Tensor | None = None
 ) -> Tensor:
-    """The same for each of a batch: values [B, ...], indices [B, k] or [1, k]; dim is 1 or 2."""
+    """``moves.spread`` for each of a batch: values [B, ...], S [B, k] or [1, k]; dim is 1 or 2."""
     if _shared(values, indices):
         return spread(values, indices[0], size, dim, rest)
     out = background(values, size, dim, rest)

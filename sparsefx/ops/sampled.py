@@ -28,9 +28,8 @@ from sparsefx.ops.gathers import (
     left_pairs,
     right_pairs,
     scaled,
-    spread,
-    whole_vectors,
 )
+from sparsefx.ops.moves import product_at, spread
 
 Ints = Sequence[int]
 PAIRS = "Tensor? scale=None, bool rest=False"
@@ -58,8 +57,7 @@ def _sampled_mm_grad_input(
     others = grad @ ws[-1:].t() if rest else None  # [M, 1]
     ws = ws[:-1] if rest else ws
     ws = ws if scale is None else scaled(ws, scale.unsqueeze(-1))
-    values = (grad @ whole_vectors(ws.t(), grad.shape[0])).narrow(1, 0, ws.shape[0])
-    return spread(values, indices, w.shape[0], 1, others)
+    return product_at(grad, ws.t(), indices, w.shape[0], others)
 
 
 def _fake_sampled_mm_grad_input(grad: Tensor, w: Tensor, *_: Any) -> Tensor:
@@ -69,23 +67,13 @@ def _fake_sampled_mm_grad_input(grad: Tensor, w: Tensor, *_: Any) -> Tensor:
 def _sampled_mm_grad_weight(
     xs: Tensor, grad: Tensor, indices: Tensor, depth: int, transposed: bool, rest: bool = False
 ) -> Tensor:
+    if rest:  # the last pair's gradient belongs to all others alike
+        k = xs.shape[1] - 1
+        others = xs[:, k:].t() @ grad / count_of_others(depth, k)  # [1, N]
+        xs = xs[:, :k]
     if transposed:
-        values = (grad.t() @ whole_vectors(xs, grad.shape[1])).narrow(1, 0, xs.shape[1])
-    else:
-        values = xs.t() @ grad
-    dim = 1 if transposed else 0
-    return _put_back(values, indices, depth, dim, rest, spread)
-
-
-def _put_back(
-    values: Tensor, indices: Tensor, depth: Any, dim: int, rest: bool, spread: Any
-) -> Tensor:
-    """Spread a weight's gradient; with ``rest`` its last slice belongs to all others alike."""
-    if not rest:
-        return spread(values, indices, depth, dim)  # type: ignore[no-any-return]
-    k = values.shape[dim] - 1
-    others = values.narrow(dim, k, 1) / count_of_others(depth, k)
-    return spread(values.narrow(dim, 0, k), indices, depth, dim, others)  # type: ignore[no-any-return]
+        return product_at(grad.t(), xs, indices, depth, others.t() if rest else None)
+    return spread(xs.t() @ grad, indices, depth, 0, others if rest else None)
 
 
 def _fake_sampled_mm_grad_weight(
@@ -220,7 +208,11 @@ def _sampled_bmm_grad_weight(
     xs: Tensor, grad: Tensor, indices: Tensor, depth: int, rest: bool = False
 ) -> Tensor:
     values = torch.bmm(xs.mT, grad)  # [B, k, N]
-    return _put_back(values, indices, depth, 1, rest, batch_spread)
+    if not rest:
+        return batch_spread(values, indices, depth, 1)
+    k = values.shape[1] - 1
+    others = values.narrow(1, k, 1) / count_of_others(depth, k)
+    return batch_spread(values.narrow(1, 0, k), indices, depth, 1, others)
 
 
 def _fake_sampled_bmm_grad_weight(

@@ -21,14 +21,8 @@ from torch import Tensor
 
 from sparsefx.ops import dense
 from sparsefx.ops._define import define, differentiate
-from sparsefx.ops.gathers import (
-    background,
-    count_of_others,
-    mean_of_others,
-    outside,
-    scaled,
-    spread,
-)
+from sparsefx.ops.gathers import count_of_others, mean_of_others, outside, scaled
+from sparsefx.ops.moves import background, spread
 from sparsefx.ops.sampled import PAIRS
 
 aten = torch.ops.aten

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.ops._define import define
+from sparsefx.ops.moves import sum_over_rows
 
 ROWS = 32
 _GOLDEN = 0.6180339887498949
@@ -37,24 +38,12 @@ def _squares(x: Tensor, dims: Sequence[int]) -> Tensor:
     return torch.sum(x * x, list(dims))
 
 
-_BLOCK = 16  # rows: few enough pages that the prefetcher follows all of them
-
-
 def squares_across(x: Tensor, dim: int) -> Tensor:
-    """Sum of squares over axis -2 or -1 of a matrix, or of each of a batch.
-
-    Inductor's loop over many rows reads one cache line of each, a page apart: less than half of
-    memory speed. A sum within blocks of rows, then over the blocks, reads along memory.
-    """
+    """Sum of squares over axis -2 or -1 of a matrix, or of each of a batch."""
     if x.stride(-1) > x.stride(-2):
         x, dim = x.transpose(-2, -1), -3 - dim
-    long = isinstance(x.shape[-2], int) and x.shape[-2] >= 32 * _BLOCK
-    if dim == -1 or not long:
-        return _squares(x, [dim])
-    rest = x.shape[-2] % _BLOCK
-    whole = x.shape[-2] - rest
-    total = _squares(torch.unflatten(x.narrow(-2, 0, whole), -2, (-1, _BLOCK)), [-2]).sum(-2)
-    return total + _squares(x.narrow(-2, whole, rest), [-2]) if rest else total
+    found = sum_over_rows(x, True) if x.dim() == 2 and dim == -2 else None
+    return _squares(x, [dim]) if found is None else found
 
 
 def combined(left: Tensor, right: Tensor, scores: str) -> Tensor:

@@ -77,6 +77,10 @@ def matrix_calls(dtype, layout):
             yield name, ops.gather_columns, (x, indices, *pairs)
         for pairs in variants(tokens, dtype):
             yield name, ops.gather_rows, (x, tokens, *pairs)
+        yield name, ops.take_columns, (x, indices)
+        for others in (None, torch.randn(m, 1).to(dtype)):
+            yield name, ops.scattered_mm, (grad, w.t()[:, :few], indices, k, others)
+        yield name, ops.sum_rows, (x, False)
         for turned, rest in itertools.product((False, True), repeat=2):
             xs = (
                 x[:, : few + rest]

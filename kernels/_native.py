@@ -1,0 +1,43 @@
+"""C++ of a kernel, built when it is first called; without a compiler the reference serves."""
+
+import ctypes
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sparsefx.compat import build_cpp
+from sparsefx.errors import KernelError, SparsefxWarning
+
+_PER_THREAD = 1 << 15  # elements that are worth another thread
+_built: dict[Path, ctypes.CDLL | None] = {}
+
+
+def library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL | None:
+    """Build ``source`` once in a process; None, after one warning, where that isn't possible.
+
+    Args:
+        source: the C++ file.
+        declare: gives the functions their argument types.
+    """
+    if source not in _built:
+        _built[source] = None
+        try:
+            found = build_cpp(source.read_text(encoding="utf-8"))
+        except KernelError as error:
+            warnings.warn(
+                f"CPU kernels of {source.stem} run as torch operators, to the same values but more "
+                f"slowly: {error}",
+                SparsefxWarning,
+                stacklevel=2,
+            )
+        else:
+            declare(found)
+            _built[source] = found
+    return _built[source]
+
+
+def threads(elements: int) -> int:
+    """How many threads moving so many elements is worth."""
+    return min(torch.get_num_threads(), 1 + elements // _PER_THREAD)

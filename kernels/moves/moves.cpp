@@ -1,0 +1,159 @@
+// Columns picked out of rows, and put back among the others, a row at a time while it is in cache.
+// Elements are moved, never read as numbers, so one function serves all types of a size.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#ifdef _WIN32
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C"
+#endif
+
+namespace {
+
+constexpr uintptr_t PAGE = 4096, LINE = 64;   // bytes
+constexpr int64_t LARGE = int64_t{4} << 20;  // bytes: more than a core's own caches hold
+
+// A fresh 64 MiB costs 16384 page faults, which take longer than filling it; huge pages cost 32.
+void expect_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) & ~(PAGE - 1);
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(PAGE - 1);
+  if (last >= first + LARGE)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+bool outside(const int64_t* columns, int64_t k, int64_t size) {
+  for (int64_t j = 0; j < k; ++j)
+    if (columns[j] < 0 || columns[j] >= size) return true;
+  return false;
+}
+
+// out[i, j] = x[i, columns[j]]; ldx in elements
+template <typename Item>
+void take(const Item* x, int64_t rows, int64_t ldx, const int64_t* columns, int64_t k, Item* out,
+          int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    const Item* from = x + i * ldx;
+    Item* to = out + i * k;
+    for (int64_t j = 0; j < k; ++j) to[j] = from[columns[j]];
+  }
+}
+
+// Write past the caches: a line that is overwritten whole need not be read first. Both are aligned.
+void stream(char* out, const char* in, int64_t bytes) {
+#if defined(__AVX512F__)
+  for (int64_t b = 0; b < bytes; b += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + b), _mm512_load_si512(in + b));
+#elif defined(__SSE2__)
+  for (int64_t b = 0; b < bytes; b += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + b),
+                     _mm_load_si128(reinterpret_cast<const __m128i*>(in + b)));
+#else
+  std::memcpy(out, in, bytes);
+#endif
+}
+
+// out[i, :] = rest[i] or 0, then out[i, columns[j]] = values[i, j]; ldv in elements
+template <typename Item>
+void put(const Item* values, int64_t rows, int64_t ldv, const int64_t* columns, int64_t k,
+         const Item* rest, Item* out, int64_t size, int threads) {
+  const int64_t bytes = size * sizeof(Item);
+  const bool streams = rows * bytes >= LARGE && bytes % LINE == 0 &&
+                       reinterpret_cast<uintptr_t>(out) % LINE == 0;
+#pragma omp parallel num_threads(threads)
+  {
+    // every row has the same columns: what is between them in `line` stays zero
+    std::vector<Item> memory(streams ? size + LINE / sizeof(Item) : 0);
+    Item* line = reinterpret_cast<Item*>(
+        (reinterpret_cast<uintptr_t>(memory.data()) + LINE - 1) & ~(LINE - 1));
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows; ++i) {
+      const Item* from = values + i * ldv;
+      Item* to = streams ? line : out + i * size;
+      if (rest != nullptr) {
+        for (int64_t j = 0; j < size; ++j) to[j] = rest[i];
+      } else if (!streams) {
+        std::memset(to, 0, bytes);
+      }
+      for (int64_t j = 0; j < k; ++j) to[columns[j]] = from[j];
+      if (streams)
+        stream(reinterpret_cast<char*>(out + i * size), reinterpret_cast<const char*>(line), bytes);
+    }
+#ifdef __SSE2__
+    if (streams) _mm_sfence();
+#endif
+  }
+}
+
+// out[j] = sum over i of x[i, j], or of its square; a few rows at a time, so that errors stay small
+template <typename Real, bool SQUARED>
+void sum_rows(const Real* x, int64_t rows, int64_t ldx, int64_t size, Real* out, int threads) {
+  constexpr int64_t FEW = 32;
+  std::vector<Real> totals(threads * size);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int t = 0; t < threads; ++t) {
+    Real* total = totals.data() + t * size;
+    std::vector<Real> part(size);
+    for (int64_t i = rows * t / threads, last = rows * (t + 1) / threads; i < last;) {
+      std::memset(part.data(), 0, size * sizeof(Real));
+      for (const int64_t stop = last - i < FEW ? last : i + FEW; i < stop; ++i) {
+        const Real* row = x + i * ldx;
+        for (int64_t j = 0; j < size; ++j) part[j] += SQUARED ? row[j] * row[j] : row[j];
+      }
+      for (int64_t j = 0; j < size; ++j) total[j] += part[j];
+    }
+  }
+  std::memset(out, 0, size * sizeof(Real));
+  for (int t = 0; t < threads; ++t)
+    for (int64_t j = 0; j < size; ++j) out[j] += totals[t * size + j];
+}
+
+}  // namespace
+
+#define SUMS(REAL, BITS)                                                                          \
+  EXPORT void sparsefx_sum_rows_f##BITS(const REAL* x, int64_t rows, int64_t ldx, int64_t size,   \
+                                        REAL* out, int squared, int threads) {                    \
+    squared ? sum_rows<REAL, true>(x, rows, ldx, size, out, threads)                              \
+            : sum_rows<REAL, false>(x, rows, ldx, size, out, threads);                            \
+  }
+
+SUMS(float, 32)
+SUMS(double, 64)
+
+// Both return 0, or 1 when a column is outside the matrix and nothing was done.
+#define MOVES(BITS)                                                                               \
+  EXPORT int sparsefx_take_##BITS(const uint##BITS##_t* x, int64_t rows, int64_t size,            \
+                                  int64_t ldx, const int64_t* columns, int64_t k,                 \
+                                  uint##BITS##_t* out, int threads) {                             \
+    if (outside(columns, k, size)) return 1;                                                      \
+    expect_pages(out, rows * k * sizeof *out);                                                    \
+    take(x, rows, ldx, columns, k, out, threads);                                                 \
+    return 0;                                                                                     \
+  }                                                                                               \
+  EXPORT int sparsefx_put_##BITS(const uint##BITS##_t* values, int64_t rows, int64_t ldv,         \
+                                 const int64_t* columns, int64_t k, const uint##BITS##_t* rest,   \
+                                 uint##BITS##_t* out, int64_t size, int threads) {                \
+    if (outside(columns, k, size)) return 1;                                                      \
+    expect_pages(out, rows * size * sizeof *out);                                                 \
+    put(values, rows, ldv, columns, k, rest, out, size, threads);                                 \
+    return 0;                                                                                     \
+  }
+
+MOVES(8)
+MOVES(16)
+MOVES(32)
+MOVES(64)
