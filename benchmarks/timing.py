@@ -70,6 +70,7 @@ def machine(device: str, script: str) -> dict[str, Any]:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),  # "passive" suits a busy machine
+        "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(script),

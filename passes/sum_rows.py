@@ -17,10 +17,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from sparsefx import ops
+from sparsefx.ops.moves import LARGE
 from sparsefx.rewriting import PassResult, Skip, arguments, emit, peel, rewrite_nodes, value
 
 aten = torch.ops.aten
-_LARGE = 1 << 18  # elements
 
 
 def sum_rows(gm: GraphModule, *, excluded: Collection[str] = ()) -> PassResult:
@@ -48,7 +48,7 @@ def _along_memory(read: Collection[Node], node: Node) -> Node | Skip | None:
             f"{known.dtype} on {known.device.type}: sum_rows is for float32 and float64 on CPU"
         )
     rows, columns = known.shape
-    if not (isinstance(rows, int) and isinstance(columns, int) and rows * columns >= _LARGE):
-        return Skip(f"{rows} x {columns}: not known to have {_LARGE} elements")
+    if not (isinstance(rows, int) and isinstance(columns, int) and rows * columns >= LARGE):
+        return Skip(f"{rows} x {columns}: not known to have {LARGE} elements")
     total = emit(node, ops.sum_rows, g, False)
     return emit(node, aten.unsqueeze.default, total, 0) if keep and keep[0] else total

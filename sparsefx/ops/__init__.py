@@ -24,6 +24,7 @@ from sparsefx.ops.nm import (
     nm_mask,
     nm_mm,
 )
+from sparsefx.ops.packed import nm_pack, nm_packed_mm, nm_unpack
 from sparsefx.ops.sampled import (
     after,
     gather_columns,
@@ -71,6 +72,9 @@ __all__ = [
     "nm_conv_grad_input",
     "nm_mask",
     "nm_mm",
+    "nm_pack",
+    "nm_packed_mm",
+    "nm_unpack",
     "sampled_bmm",
     "sampled_bmm_grad_input",
     "sampled_bmm_grad_weight",

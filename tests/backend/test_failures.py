@@ -204,7 +204,7 @@ def test_a_site_that_fails_is_dense_and_the_rest_sparse(monkeypatch, joint, valu
     if name != "inline_references":  # the most costly pass; sparse ops run without it as well
         monkeypatch.setattr(pipeline.passes, "inline_references", lambda gm: PassResult(gm))
     if name == "sum_rows":
-        monkeypatch.setattr(sys.modules["sparsefx.passes.sum_rows"], "_LARGE", 0)
+        monkeypatch.setattr(sys.modules["sparsefx.passes.sum_rows"], "LARGE", 0)
     _, sparse, _ = rewritten(joint)
     saboteur = Saboteur(monkeypatch, name, late)
     rewritten(joint)

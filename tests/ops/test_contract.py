@@ -77,6 +77,12 @@ def matrix_calls(dtype, layout):
             yield name, ops.gather_columns, (x, indices, *pairs)
         for pairs in variants(tokens, dtype):
             yield name, ops.gather_rows, (x, tokens, *pairs)
+        whole = w.t().contiguous()  # [n, k]: 4 and 8 are multiples of 4
+        yield name, ops.nm_pack, (whole, 1, 4)
+        values, codes = ops.nm_pack(whole, 2, 4)
+        yield name, ops.nm_unpack, (values, codes, 2, 4, k)
+        for b in (None, bias):
+            yield name, ops.nm_packed_mm, (x, values, codes, b, 2, 4)
         yield name, ops.take_columns, (x, indices)
         for others in (None, torch.randn(m, 1).to(dtype)):
             yield name, ops.scattered_mm, (grad, w.t()[:, :few], indices, k, others)
