@@ -148,7 +148,7 @@ def record_graphs(
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), compat.many_recompiles():
         try:
-            compiled: Any = torch.compile(model, backend=keep, dynamic=dynamic)
+            compiled = compat.compile_apart(model, keep, dynamic)
             compiled(*args, **kwargs)
         finally:
             with torch.no_grad():

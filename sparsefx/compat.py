@@ -533,11 +533,17 @@ def many_recompiles() -> Iterator[None]:
         yield
 
 
-def compile_apart(model: Any, backend: Callable[..., Any]) -> Any:
-    """Compile with sizes fixed, so that it doesn't count towards the user's own recompile limit."""
+def compile_apart(model: Any, backend: Callable[..., Any], dynamic: bool | None = False) -> Any:
+    """Compile so that it doesn't count towards the user's own recompile limit.
+
+    Args:
+        model: what ``torch.compile`` takes.
+        backend: a compiler function.
+        dynamic: whether sizes are symbolic, as for ``torch.compile``.
+    """
     known = inspect.signature(torch.compile).parameters  # isolate_recompiles came after 2.11
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-    return torch.compile(model, backend=backend, dynamic=False, **apart)
+    return torch.compile(model, backend=backend, dynamic=dynamic, **apart)
 
 
 def settled(size: Any) -> Any:

@@ -317,3 +317,14 @@ def test_a_model_on_the_meta_device_is_explained():
     x = torch.empty(4, 8, device="meta")
     report = sfx.explain(model, config="all-three")(x)
     assert [row.role for row in report.sites if row.decision] == ["forward", "grad_weight"]
+
+
+def test_a_model_can_be_explained_often_and_compiled_then():
+    """A capture doesn't count towards Dynamo's limit, behind which a model runs in eager mode."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(4, 8)
+    config = sfx.SparseConfig(codegen="aot_eager")
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        assert sfx.explain(model, config=config)(x).sites
+    compiled = torch.compile(model, backend="sparsefx", options={"config": config})
+    compiled(x)
+    assert sfx.explain(compiled).sites

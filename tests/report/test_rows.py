@@ -11,7 +11,8 @@ from torch import nn
 import sparsefx as sfx
 from sparsefx import NM, Dense, Rule, Sampled, SparseConfig
 from sparsefx.pipeline import Outcome
-from sparsefx.report.rows import lowering_of, rows_of
+from sparsefx.lowering import lowering_of
+from sparsefx.report.rows import rows_of
 from sparsefx.testing import capture
 
 OUTPUT = "feeds the model's output (keep_output_dense=True)"
