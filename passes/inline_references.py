@@ -72,13 +72,19 @@ def inline_references(gm: GraphModule) -> PassResult:
 
 def _opaque(node: Node) -> str:
     device = next(value(n).device for n in node.all_input_nodes if isinstance(value(n), Tensor))
-    if ops.has_kernel(node.target, device.type):
+    if ops.has_kernel(node.target, device.type) and not _forced(node):
         return "the device has a kernel"
     if node.target is ops.after:
         return "it is there for the partitioner to see"
     if not ops.traceable(node.target, node.args):
         return "the reference loops over values"
     return ""
+
+
+def _forced(node: Node) -> bool:
+    """Whether the rule forces the reference, kernel or not."""
+    plan = plan_of(node)
+    return bool(plan and plan.decision and plan.decision.lowering == "reference")
 
 
 # --- stored masks

@@ -170,7 +170,8 @@ def _function_identity(function: Any) -> list[str] | None:
 def _rule_identity(rule: Any) -> list[str]:
     match = rule.match
     name = match if isinstance(match, str) else f"{match.__module__}:{match.__qualname__}"
-    return [name, repr(rule.forward), repr(rule.grad_input), repr(rule.grad_weight)]
+    patterns = [repr(rule.forward), repr(rule.grad_input), repr(rule.grad_weight)]
+    return [name, *patterns, repr(rule.lowering)]
 
 
 def _plain(config: SparseConfig) -> dict[str, Any]:

@@ -45,6 +45,7 @@ _PATTERNS: dict[str, type[Dense] | type[NM] | type[Sampled] | type[Masked]] = {
     "masked": Masked,
 }
 Match = str | type | Callable[["Site"], bool]
+LOWERINGS = ("reference", "triton", "cpp")  # what a rule may force
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,19 @@ class Rule:
             full product; another pattern replaces the product.
         grad_weight: likewise; never ``NM``, since neither operand is a weight. Neither gradient
             can be ``Masked``: what follows the forward does so by itself.
+        lowering: ``None`` chooses what runs; ``"triton"``, ``"cpp"`` or ``"reference"`` forces it
+            for every sparse product of the layer. Where a product has no kernel of that kind on
+            its device, compiling raises ConfigError.
 
     Raises:
-        ConfigError: for a match or a pattern that is none of these.
+        ConfigError: for a match, a pattern or a lowering that is none of these.
     """
 
     match: Match
     forward: Pattern = dataclasses.field(default_factory=Dense)
     grad_input: Pattern | None = None
     grad_weight: Pattern | None = None
+    lowering: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -100,6 +105,8 @@ class Rule:
                 f"Rule: grad_input={self.grad_input!r}: weight_grad and decay belong to the "
                 "forward's pattern"
             )
+        if self.lowering is not None:
+            checks.one_of("Rule", "lowering", self.lowering, LOWERINGS)
 
     def sampled(self) -> Iterator[tuple[str, Sampled]]:
         """Yield the sampled ones of the three products, by key."""
@@ -310,6 +317,7 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     return {
         "match": match,
         **{k: _pattern_to_dict(getattr(rule, k)) for k in ("forward", "grad_input", "grad_weight")},
+        "lowering": rule.lowering,
     }
 
 

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from sparsefx import cost, naming, ops, passes
 from sparsefx.config import Dense, GraphPass, SparseConfig
 from sparsefx.errors import PassError, SparsefxWarning
+from sparsefx.lowering import check_forced
 from sparsefx.plan import Decision, Plan
 from sparsefx.rewriting import (
     PassResult,
@@ -94,6 +95,7 @@ def run(gm: GraphModule, config: SparseConfig, observe: Observer | None = None) 
 
     Raises:
         PassError: under ``strict=True``, naming pass, node and layer.
+        ConfigError: for a lowering that a rule forces and that a product does not have.
     """
     known, failures = _Exclusions(), []
     while True:
@@ -122,6 +124,7 @@ def run(gm: GraphModule, config: SparseConfig, observe: Observer | None = None) 
                 return _all_dense(gm, config, failures)
             continue
         break
+    check_forced(outcome.plans, outcome.ops)
     outcome.failures = failures
     if config.passes or any(plan.decision and not plan.decision.dense for plan in outcome.plans):
         gm.graph = work.graph

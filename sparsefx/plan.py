@@ -83,6 +83,7 @@ class Decision:
             grad_weight=None in the rule), not a pattern of its own.
         forward: the pattern of the layer's forward, which a derived product follows.
         note: what of the rule does not act here.
+        lowering: what the rule forces to run, None where nothing is forced.
     """
 
     pattern: Pattern
@@ -90,6 +91,7 @@ class Decision:
     derived: bool = False
     forward: Pattern = field(default_factory=Dense)
     note: str = ""
+    lowering: str | None = None
 
     @property
     def dense(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from sparsefx.config import NM, Dense, Masked, Pattern, Rule, Sampled, SparseConfig
 from sparsefx.plan import Decision, Role, Site
@@ -35,9 +36,12 @@ def decide(
     blocked = failed or _impossible(sites) or _output(forward, config)
     rule = None if blocked else _first_match(forward, config)
     derived = _derived(sites, rule)
+    if rule is not None and rule.lowering is not None:
+        unprofitable = None  # what is forced is not weighed
     if forward.mask and not (rule and _samples(forward, rule, unprofitable, derived)):
         left = "the weight is the left operand of the product" if forward.weight == "left" else ""
-        return _masked(sites, rule, failed or _impossible(sites) or left, unprofitable)
+        impossible = failed or _impossible(sites) or left
+        return _forced(_masked(sites, rule, impossible, unprofitable), rule)
     if blocked or rule is None:
         reason = blocked or "no rule matches"
         return {role: Decision(Dense(), reason) for role in sites}
@@ -48,7 +52,17 @@ def decide(
             chosen[role] = _gradient(sites[role], rule.grad_input, base, unprofitable)
         elif role == "grad_weight":
             chosen[role] = _gradient(sites[role], rule.grad_weight, base, unprofitable)
-    return {role: chosen[role] for role in sites}
+    return _forced({role: chosen[role] for role in sites}, rule)
+
+
+def _forced(chosen: dict[Role, Decision], rule: Rule | None) -> dict[Role, Decision]:
+    """Write down what the rule forces to run, of products that are sparse."""
+    if rule is None or rule.lowering is None:
+        return chosen
+    return {
+        role: decision if decision.dense else replace(decision, lowering=rule.lowering)
+        for role, decision in chosen.items()
+    }
 
 
 def _first_match(site: Site, config: SparseConfig) -> Rule | None:

@@ -445,18 +445,33 @@ def test_plain_data():
                 },
                 "grad_input": None,
                 "grad_weight": None,
+                "lowering": None,
             },
             {
                 "match": {"type": "torch.nn.modules.linear:Linear"},
                 "forward": {"kind": "dense"}, "grad_input": None, "grad_weight": None,
+                "lowering": None,
             },
             {
                 "match": {"predicate": f"{here}:is_forward"},
                 "forward": {"kind": "dense"}, "grad_input": None, "grad_weight": None,
+                "lowering": None,
             },
         ],
         "passes": [f"{here}:first_pass"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("lowering", ["cuda", 1, ""])
+def test_a_lowering_is_one_of_three(lowering):
+    said = f"Rule: lowering={lowering!r} is not one of 'reference', 'triton', 'cpp'"
+    with refuses(said):
+        Rule("*", lowering=lowering)
+
+
+def test_a_lowering_goes_through_plain_data():
+    config = SparseConfig([Rule("*", NM(2, 4), lowering="triton")])
+    assert SparseConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_dicts_may_hold_objects_and_leave_out_defaults():
@@ -483,7 +498,7 @@ def test_dicts_may_hold_objects_and_leave_out_defaults():
         (
             {"rules": [{"match": "*", "backward": 1}]},
             "Rule: unknown key 'backward' (value 1); allowed: match, forward, grad_input, "
-            "grad_weight",
+            "grad_weight, lowering",
         ),
         (
             {"rules": [{"match": "*", "forward": {"kind": "nm", "n": 2}}]},

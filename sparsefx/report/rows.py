@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparsefx import compat, cost
-from sparsefx.config import Dense, Masked, Pattern, Sampled
-from sparsefx.kernels import kernel_for
+from sparsefx.config import Dense, Masked, Pattern
+from sparsefx.lowering import lowering_of
 from sparsefx.pipeline import Outcome
 from sparsefx.plan import Plan, Role
 
 ROLES: tuple[Role, ...] = ("forward", "grad_input", "grad_weight", "other")
-MASKED_DENSE = "masked dense"
 Key = tuple[int, str]  # (group, role)
 
 
@@ -118,6 +117,7 @@ def _row(plan: Plan, forward: Plan | None, ops: Mapping[Key, str], graph: int) -
     op = ops.get((site.group, site.role), "")
     sparse = decision is not None and not decision.dense and op != ""
     pattern = decision.pattern if decision is not None and sparse else Dense()
+    forced = decision.lowering if decision is not None else None
     follows = forward.site if forward and decision and decision.derived else None
     full = left = executed = None
     if all(map(compat.has_size, (site.batch, *site.shape))):
@@ -135,7 +135,7 @@ def _row(plan: Plan, forward: Plan | None, ops: Mapping[Key, str], graph: int) -
         device=site.device,
         decision=pattern if sparse else None,
         reason="" if sparse else _why_dense(plan),
-        lowering=lowering_of(op, site.device, pattern) if sparse else "dense",
+        lowering=lowering_of(op, site.device, pattern, forced) if sparse else "dense",
         flops_dense=full,
         flops_sparse=left,
         flops_executed=executed,
@@ -159,22 +159,3 @@ def _why_dense(plan: Plan) -> str:
     if plan.decision.dense:
         return plan.decision.reason or "no reason was recorded"
     return f"planned as {plan.decision.pattern}, but a later pass took the sparse product out"
-
-
-def lowering_of(op: str, device: str, pattern: Pattern | None = None) -> str:
-    """Name what a sparse op runs as: a kernel, or the kind of reference."""
-    kernel = kernel_for(op, device)
-    if kernel is not None and not _beyond_kernels(op, pattern):
-        return str(kernel)
-    if cost.executes_dense(op):
-        return MASKED_DENSE
-    return "gathered conv" if "conv" in op else "gathered GEMM"
-
-
-def _beyond_kernels(op: str, pattern: Pattern | None) -> bool:
-    """Whether pairs are scaled, or stood in for: kernels leave both to the reference."""
-    if not isinstance(pattern, Sampled):
-        return False
-    scaled = pattern.random or pattern.mass is not None
-    holds_scale = op == "sampled_mm_grad_weight"  # its operand was scaled when it was gathered
-    return pattern.estimator == "topk_mean" or (scaled and not holds_scale)

@@ -7,7 +7,8 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from sparsefx.config import Masked
-from sparsefx.report.rows import MASKED_DENSE, Row
+from sparsefx.lowering import MASKED_DENSE
+from sparsefx.report.rows import Row
 from sparsefx.report.totals import Totals
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from torch import nn
 import sparsefx as sfx
 from sparsefx import NM, Dense, Rule, Sampled, SparseConfig
 from sparsefx.pipeline import Outcome
-from sparsefx.lowering import lowering_of
 from sparsefx.report.rows import rows_of
 from sparsefx.testing import capture
 
@@ -180,40 +179,6 @@ def test_a_layer_that_is_called_twice_has_its_rows_twice():
         ("fc", "forward"), ("fc", "grad_weight"),
         ("fc", "forward"), ("fc", "grad_input"), ("fc", "grad_weight"),
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("op", "device", "said"),
-    [
-        ("nm_mm", "cpu", "masked dense"),
-        ("masked_conv", "cpu", "masked dense"),
-        ("sampled_bmm", "cpu", "gathered GEMM"),
-        ("sampled_conv_weight", "cuda", "gathered conv"),
-    ],
-)
-def test_lowering(op, device, said):
-    assert lowering_of(op, device) == said
-
-
-def test_lowering_names_the_kernel():
-    pytest.importorskip("triton")
-    assert lowering_of("nm_mm", "cuda") == "triton nm_mm"
-
-
-@pytest.mark.parametrize(
-    ("op", "pattern", "said"),
-    [
-        ("sampled_mm", Sampled(0.5), "triton sampled_mm"),
-        ("sampled_mm", Sampled(0.5, estimator="systematic"), "gathered GEMM"),
-        ("sampled_mm_grad_input", Sampled(mass=0.5), "gathered GEMM"),
-        ("sampled_mm_grad_weight", Sampled(0.5, estimator="bernoulli"),
-         "triton sampled_mm_grad_weight"),
-        ("sampled_mm_grad_weight", Sampled(0.5, estimator="topk_mean"), "gathered GEMM"),
-    ],
-)  # fmt: skip
-def test_kernels_leave_scaled_pairs_to_the_reference(op, pattern, said, monkeypatch):
-    monkeypatch.setattr("sparsefx.report.rows.kernel_for", lambda op, _: f"triton {op}")
-    assert lowering_of(op, "cuda", pattern) == said
 
 
 def drop_sparse_products(gm):
