@@ -58,6 +58,10 @@ TABLE = (
     ),
     Row("take_columns", "CPU", "sparsefx.kernels.moves.cpu:take_columns", "", "C++ take_columns"),
     Row("scattered_mm", "CPU", "sparsefx.kernels.moves.cpu:scattered_mm", "", "C++ scattered_mm"),
+    Row("nm_unpack", "CPU", "sparsefx.kernels.nm_packed.cpu:nm_unpack", "", "C++ nm_unpack"),
+    Row(
+        "nm_packed_mm", "CPU", "sparsefx.kernels.nm_packed.cpu:nm_packed_mm", "", "C++ nm_packed_mm"
+    ),
     Row("sum_rows", "CPU", "sparsefx.kernels.moves.cpu:sum_rows", "", "C++ sum_rows"),
 )
 

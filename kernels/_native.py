@@ -1,6 +1,7 @@
 """C++ of a kernel, built when it is first called; without a compiler the reference serves."""
 
 import ctypes
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ def library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL
     if source not in _built:
         _built[source] = None
         try:
-            found = build_cpp(source.read_text(encoding="utf-8"))
+            found = build_cpp(self_contained(source))
         except KernelError as error:
             warnings.warn(
                 f"CPU kernels of {source.stem} run as torch operators, to the same values but more "
@@ -36,6 +37,15 @@ def library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL
             declare(found)
             _built[source] = found
     return _built[source]
+
+
+def self_contained(source: Path) -> str:
+    """The C++ with the headers of its folder in the places where it includes them."""
+
+    def header(include: re.Match[str]) -> str:
+        return source.with_name(include[1]).read_text(encoding="utf-8")
+
+    return re.sub(r'^#include "(\w+\.h)"$', header, source.read_text(encoding="utf-8"), flags=re.M)
 
 
 def threads(elements: int) -> int:
