@@ -10,6 +10,7 @@ from sparsefx.passes.canonicalize import canonicalize
 from sparsefx.passes.cleanup import cleanup
 from sparsefx.passes.find_sites import find_sites
 from sparsefx.passes.inline_references import inline_references
+from sparsefx.passes.pack_frozen import pack_frozen
 from sparsefx.passes.recognize_masks import recognize_masks
 from sparsefx.passes.rewrite_masked import rewrite_masked
 from sparsefx.passes.rewrite_nm import rewrite_nm
@@ -23,6 +24,7 @@ __all__ = [
     "cleanup",
     "find_sites",
     "inline_references",
+    "pack_frozen",
     "recognize_masks",
     "rewrite_masked",
     "rewrite_nm",

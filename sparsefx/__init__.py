@@ -10,11 +10,13 @@ from sparsefx.errors import (
     ExportError,
     KernelError,
     MaskError,
+    PackError,
     PassError,
     SparsefxError,
     SparsefxWarning,
     SparsifierError,
 )
+from sparsefx.packing import pack, unpack
 from sparsefx.registration import register_backend
 from sparsefx.report import explain
 from sparsefx.schedules import RatioSchedule
@@ -31,6 +33,7 @@ __all__ = [
     "KernelError",
     "MaskError",
     "Masked",
+    "PackError",
     "PassError",
     "RatioSchedule",
     "Rule",
@@ -42,9 +45,11 @@ __all__ = [
     "explain",
     "masks",
     "ops",
+    "pack",
     "preset",
     "ratio_schedules",
     "sparsifiers",
+    "unpack",
 ]
 
 kernels.register()

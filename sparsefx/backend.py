@@ -175,7 +175,7 @@ def _rule_identity(rule: Any) -> list[str]:
 
 
 def _plain(config: SparseConfig) -> dict[str, Any]:
-    keys = ("keep_output_dense", "select", "strict", "codegen", "verify")
+    keys = ("keep_output_dense", "select", "strict", "codegen", "verify", "freeze")
     return {key: getattr(config, key) for key in keys}
 
 

@@ -157,6 +157,8 @@ class SparseConfig:
         codegen: ``"inductor"`` or ``"aot_eager"``, the same rewriting without Inductor.
         verify: check the graph between passes.
         passes: your own passes, run after sparsefx's rewrites, before ``cleanup``.
+        freeze: in graphs without a backward, pack the weights of linear N:M layers apart from their
+            products, so that Inductor's freezing packs them when it compiles.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -169,6 +171,7 @@ class SparseConfig:
     codegen: str = "inductor"
     verify: bool = False
     passes: tuple[GraphPass, ...] = ()
+    freeze: bool = False
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
@@ -181,7 +184,7 @@ class SparseConfig:
                 if not isinstance(rule, Rule):
                     raise ConfigError(f"SparseConfig: rules holds {rule!r}, which is not a Rule")
             object.__setattr__(self, "rules", tuple(self.rules))
-        for key in ("keep_output_dense", "strict", "verify"):
+        for key in ("keep_output_dense", "strict", "verify", "freeze"):
             checks.flag("SparseConfig", key, getattr(self, key))
         checks.one_of("SparseConfig", "select", self.select, ("all", "profitable"))
         checks.one_of("SparseConfig", "codegen", self.codegen, ("inductor", "aot_eager"))

@@ -29,6 +29,10 @@ class SparsifierError(SparsefxError, ValueError):
     """A model, rule or checkpoint that a sparsifier can't take: the message names the layer."""
 
 
+class PackError(SparsefxError, RuntimeError):
+    """A model that can't be packed, or a packed layer used as no packed layer can be."""
+
+
 class SparsefxWarning(UserWarning):
     """Something stayed dense because a pass failed, or runs a slower way; the message says why."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch.fx import GraphModule
@@ -25,6 +25,10 @@ from sparsefx.rewriting import (
 )
 from sparsefx.verify import verify
 
+_PACKED = (
+    "its weight is packed: once, if Inductor's freezing is on "
+    "(options={'inductor': {'freezing': True}}), else at every call"
+)
 Pass = Callable[[GraphModule], PassResult]
 Observer = Callable[[str, GraphModule, PassResult], None]
 
@@ -74,6 +78,7 @@ def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[t
         ("rewrite_nm", passes.rewrite_nm),
         ("rewrite_masked", passes.rewrite_masked),
         ("rewrite_sampled", passes.rewrite_sampled),
+        ("pack_frozen", partial(passes.pack_frozen, freeze=config.freeze)),
         ("share_masks", passes.share_masks),
         *((getattr(function, "__name__", "pass"), function) for function in own),
         ("cleanup", passes.cleanup),
@@ -145,6 +150,13 @@ def _learn(outcome: Outcome, name: str, gm: GraphModule, result: PassResult) -> 
             plan = plan_of(node)
             if plan is not None and node.name in result.skipped:
                 _decline(outcome, plan, result.skipped[node.name])
+    elif name == "pack_frozen":
+        for node in gm.graph.nodes:
+            plan = plan_of(node)
+            if plan is not None and node.target is ops.nm_packed_mm:
+                _annotate(outcome, plan, _PACKED)
+            elif plan is not None and node.name in result.skipped:
+                _annotate(outcome, plan, result.skipped[node.name])
     elif name == "cleanup":
         for node in gm.graph.nodes:
             plan = plan_of(node)
@@ -157,6 +169,14 @@ def _decline(outcome: Outcome, plan: Plan, reason: str) -> None:
     for i, other in enumerate(outcome.plans):
         if (other.site.group, other.site.role) == (plan.site.group, plan.site.role):
             outcome.plans[i] = other.decided(Decision(Dense(), reason))
+
+
+def _annotate(outcome: Outcome, plan: Plan, note: str) -> None:
+    for i, other in enumerate(outcome.plans):
+        same = (other.site.group, other.site.role) == (plan.site.group, plan.site.role)
+        if same and other.decision is not None:
+            notes = "; ".join(filter(None, (other.decision.note, note)))
+            outcome.plans[i] = other.decided(replace(other.decision, note=notes))
 
 
 def _message(name: str, error: Exception, gm: GraphModule) -> str:

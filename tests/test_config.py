@@ -239,6 +239,7 @@ def test_what_a_rule_refuses(arguments, message):
             "SparseConfig: keep_output_dense=None must be True or False",
         ),
         ({"strict": 0}, "SparseConfig: strict=0 must be True or False"),
+        ({"freeze": 1}, "SparseConfig: freeze=1 must be True or False"),
         ({"verify": "on"}, "SparseConfig: verify='on' must be True or False"),
         ({"select": "some"}, "SparseConfig: select='some' is not one of 'all', 'profitable'"),
         (
@@ -392,6 +393,7 @@ configs = st.builds(
     codegen=st.sampled_from(["inductor", "aot_eager"]),
     verify=st.booleans(),
     passes=st.sampled_from([(), (first_pass,)]),
+    freeze=st.booleans(),
 )
 
 
@@ -436,6 +438,7 @@ def test_plain_data():
         "strict": False,
         "codegen": "inductor",
         "verify": False,
+        "freeze": False,
         "rules": [
             {
                 "match": "fc*",
@@ -490,7 +493,7 @@ def test_dicts_may_hold_objects_and_leave_out_defaults():
         (
             {"rule": []},
             "SparseConfig: unknown key 'rule' (value []); allowed: rules, keep_output_dense, "
-            "select, strict, codegen, verify, passes",
+            "select, strict, codegen, verify, passes, freeze",
         ),
         ({"rules": {}}, "SparseConfig: rules={} must be None or a list of rules"),
         ({"rules": [3]}, "Rule: 3 must be a dict"),

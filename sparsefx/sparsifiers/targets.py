@@ -110,9 +110,9 @@ def find_targets(
     found: list[tuple[Target, NM]] = []
     skipped: dict[str, str] = {}
     used: set[int] = set()
-    owners = _owners(model)
+    owners = owners_of(model)
     for target in all_targets(model):
-        matching = [i for i, rule in enumerate(entries) if _matches(rule, target)]
+        matching = [i for i, rule in enumerate(entries) if matches(rule, target)]
         used.update(matching)
         wanted = entries[matching[0]].forward if matching else Dense()
         reason = "" if matching else "no rule matches"
@@ -191,7 +191,8 @@ def _entry(entry: object, pattern: NM) -> Rule:
     return entry
 
 
-def _matches(rule: Rule, target: Target) -> bool:
+def matches(rule: Rule, target: Target) -> bool:
+    """Whether a rule speaks about a layer."""
     if isinstance(rule.match, str):
         return fnmatch.fnmatchcase(target.name, rule.match)
     if isinstance(rule.match, type):
@@ -199,7 +200,7 @@ def _matches(rule: Rule, target: Target) -> bool:
     return bool(rule.match(target))  # type: ignore[arg-type]  # a predicate on a Target here
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
+def owners_of(model: nn.Module) -> dict[int, list[str]]:
     """Names under which different modules own each parameter: more than one where it is tied."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
@@ -235,11 +236,11 @@ def _unfit(target: Target, pattern: NM, owners: dict[int, list[str]]) -> str:
         return f"dtype {weight.dtype} is not a real floating-point type"
     if target.kind == "conv" and target.groups > 1 and weight.shape[1] == 1:
         return "depthwise convolution: one input channel per group"
-    return _indivisible(target, pattern)
+    return indivisible(target, weight, pattern)
 
 
-def _indivisible(target: Target, pattern: NM) -> str:
-    weight = target.weight
+def indivisible(target: Target, weight: Tensor, pattern: NM) -> str:
+    """Why the sizes of a weight, as it is stored, don't suit a pattern, or ""."""
     out, depth = target.matrix(weight).shape[:2]
     shape = f"weight {tuple(weight.shape)}"
     if depth % pattern.m:

@@ -26,6 +26,7 @@ SITE_BY_SITE = {
     "rewrite_nm": "rewrite_nodes",
     "rewrite_masked": "rewrite_nodes",
     "rewrite_sampled": "rewrite_nodes",
+    "pack_frozen": "rewrite_nodes",
     "share_masks": "rewrite_nodes",
     "cleanup": "inline",
     "sum_rows": "rewrite_nodes",
@@ -201,6 +202,8 @@ def test_a_pass_that_returns_garbage(monkeypatch, joint, values, name):
 def test_a_site_that_fails_is_dense_and_the_rest_sparse(monkeypatch, joint, values, name, late):
     if late and SITE_BY_SITE[name] != "rewrite_nodes":
         pytest.skip("the pass changes nothing before it is done with a site")
+    if late and name == "pack_frozen":
+        pytest.skip("it changes nothing in a graph with a backward; its own tests fail it late")
     if name != "inline_references":  # the most costly pass; sparse ops run without it as well
         monkeypatch.setattr(pipeline.passes, "inline_references", lambda gm: PassResult(gm))
     if name == "sum_rows":

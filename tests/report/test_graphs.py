@@ -12,7 +12,7 @@ from sparsefx.ops import is_sparse_op
 EAGER = {"codegen": "aot_eager", "keep_output_dense": False}
 PASSES = [
     "captured", "canonicalize", "find_sites", "recognize_masks", "select_sites", "rewrite_nm",
-    "rewrite_masked", "rewrite_sampled", "share_masks", "cleanup", "sum_rows",
+    "rewrite_masked", "rewrite_sampled", "pack_frozen", "share_masks", "cleanup", "sum_rows",
     "inline_references",
 ]  # fmt: skip
 
