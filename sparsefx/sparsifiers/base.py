@@ -192,6 +192,7 @@ class Sparsifier:
         """
         if self._squashed:
             return self.model
+        self._check_alive()
         compat.reshard(self.model)
         for name, layer in self.layers.items():
             if len(layer.target.parametrizations) != 1:
@@ -239,6 +240,15 @@ class Sparsifier:
             raise SparsifierError(
                 f"this {type(self).__name__} was squashed: construct a new one to go on"
             )
+        if lost := self.lost():
+            raise SparsifierError(
+                f"the mask of layer {lost[0]!r} is no longer on the model (sparsefx.pack takes it "
+                "off, for one): construct a new sparsifier to go on"
+            )
+
+    def lost(self) -> list[str]:
+        """Return the layers whose masks something else took off the model."""
+        return [name for name, it in self.layers.items() if it.target.mask is not it.mask]
 
     def _check_attached(self) -> None:
         if not self.needs_hooks:
@@ -294,7 +304,7 @@ def _attach_after_load(
 
     def attach(module: nn.Module, incompatible: Any) -> None:
         sparsifier = owner()
-        if sparsifier is not None and sparsifier.model is module:
+        if sparsifier is not None and sparsifier.model is module and not sparsifier.lost():
             sparsifier.attach()
 
     return attach
