@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from sparsefx import Sampled, cost
 from sparsefx.passes import canonicalize, find_sites
 from sparsefx.testing import capture, plans, run_pass
 
@@ -76,7 +78,7 @@ def test_the_limit_is_made_of_steps_and_speedups_are_told_against_it(linear, tmp
     printed = capsys.readouterr().out
     assert forward["limit"] > 0
     assert [row["limit"] for row in others] == [None, None]
-    for step in ("product, grad_weight", "scores", "gather", "spread", "bias"):
+    for step in ("the three products", "scores", "gather", "spread", "bias"):
         assert step in printed
     assert f"{forward['speedup'] / forward['limit']:.0%}" in printed
 
@@ -86,7 +88,7 @@ def test_the_limit_counts_the_bytes_that_no_way_does_without(linear):
     x, w, grad = torch.randn(m, depth), torch.randn(n, depth), torch.randn(m, n)
     linear.roofline.STREAM = 1 << 12
     found = linear.roofline.steps(x, w, grad, torch.randn(n), k, 2)
-    bytes_of = {step.name: (step.read, step.written) for step in found[3:]}
+    bytes_of = {step.name: (step.read, step.written) for step in found[1:]}
     both = 4 * depth * (m + n)
     assert bytes_of == {
         "scores": (both, 0),
@@ -206,18 +208,41 @@ def test_what_was_kept_and_slower_is_told(profit, monkeypatch):
 
 def test_a_pace_is_found_again(profit):
     """From times that a known pace would take, without noise."""
-    pace = [5.0, 8.0, 50.0, 0.05, 10.0, 100.0]
+    paces = {"mm": cost.Pace(5.0, 50.0, 0.05, 10.0), "conv": cost.Pace(8.0, 70.0, 0.5, 12.0)}
     rows = []
     for index in range(len(profit.CASES)):
-        case = profit.CASES[index]
-        sites = list(profit.sites_of(case).values())
+        kind = "conv" if isinstance(profit.CASES[index], profit.Shape) else "mm"
         for role, ratio in profit.ASKED:
-            times = [
-                sum(a * b for a, b in zip(pace, profit.features(*of), strict=True)) / 1e3
-                for of in ((sites, [], None), (sites, profit.unit(case, role), ratio))
-            ]
-            rows.append(profit.Row(index, "", role, ratio, times[0], times[1], 0, 0, 1))
-    assert profit.fit(rows) == pytest.approx(pace, rel=1e-3)
+            row = profit.Row(index, "", role, ratio, 1.0, 1.0, 0, 0, 1)
+            whole = profit.sample(row)
+            times = [(paces[kind].time(w) + 100) / 1e3 for w in (whole.dense, whole.sparse)]
+            rows.append(replace(row, dense=times[0], median=times[1]))
+    for kind, found in profit.fits(rows).items():
+        assert list(found.pace.to_dict().values()) == pytest.approx(
+            list(paces[kind].to_dict().values()), rel=1e-3
+        )
+        assert found.overhead == pytest.approx(100, rel=1e-3)
+
+
+def test_of_the_recorded_sweep_nothing_slower_is_kept_and_little_faster_declined(profit):
+    """By the paces that are built in, and by a fresh fit to the same times."""
+    recorded = HERE.parent / "benchmarks" / "results" / "profit-cpu.json"
+    rows = [profit.Row(**row) for row in json.loads(recorded.read_text("utf-8"))["rows"]]
+    fresh = {kind: found.pace for kind, found in profit.fits(rows).items()}
+    for paces in ({kind: cost.PACES[kind, "cpu"] for kind in fresh}, fresh):
+        kept = [row for row in rows if worth_it(profit, row, paces)]
+        if paces is not fresh:
+            assert not any(map(profit.verdict, kept))
+        faster = [row for row in rows if row.speedup > 1.02]
+        assert min(row.speedup for row in kept) >= 0.98
+        assert len([row for row in faster if row in kept]) >= 0.9 * len(faster)
+
+
+def worth_it(profit, row, paces):
+    sites = profit.unit(profit.CASES[row.case], row.role)
+    pace = paces[sites[0].kind]
+    dense = pace.time(cost.total(map(cost.dense_work, sites)))
+    return pace.time(cost.sampled_work(sites, Sampled(row.ratio))) <= cost.MARGIN * dense
 
 
 def test_permutation_keeps_more_and_says_how_much(tmp_path, capsys):
@@ -234,3 +259,40 @@ def test_permutation_keeps_more_and_says_how_much(tmp_path, capsys):
     for row in rows:
         assert row["before"] < row["after"] < 1
         assert f"{100 * row['after']:.2f}%" in printed
+
+
+def test_every_row_names_files_that_exist():
+    run = script("run")
+    for name, row in run.ROWS.items():
+        assert (HERE.parent / "benchmarks" / row.script).is_file(), name
+        assert all((HERE.parent / test).is_file() for test in row.tests), name
+
+
+def test_a_row_without_its_device_or_with_failing_tests_is_not_timed(monkeypatch, capsys):
+    run = script("run")
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+    assert run.main(["crs_fwd"]) == 2
+    assert "crs_fwd needs a CUDA device" in capsys.readouterr().err
+    assert run.main([]) == 0
+    assert "(needs a CUDA device)" in capsys.readouterr().out
+    called = []
+
+    def fails(command, **_):
+        called.append(command)
+        return type("Done", (), {"returncode": 1})
+
+    monkeypatch.setattr(run.subprocess, "run", fails)
+    assert run.main(["cpu_crs"]) == 1
+    assert len(called) == 1
+    assert "pytest" in called[0]
+    assert "nothing is timed" in capsys.readouterr().err
+
+
+def test_overheads_are_told(tmp_path, capsys):
+    path = tmp_path / "overhead.json"
+    parts = ["--parts", "host", "recompiles", "--rounds", "1"]
+    script("overhead").main([*parts, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["graphs"] for row in rows if row["part"] == "recompiles"] == [1, 1]
+    assert all(row["us"] > row["torch_us"] > 0 for row in rows if row["part"] == "host")
+    assert "scattered_mm" in capsys.readouterr().out
