@@ -149,35 +149,26 @@ def judged(rows: Sequence[Row]) -> str:
     )
 
 
-def features(sites: Sequence[Site], asked: Sequence[Site], ratio: float | None) -> list[float]:
-    """Work of a whole forward and backward, and 1 for what any call costs."""
-    total = cost.Work()
-    for site in sites:
-        if ratio is None or site not in asked:
-            total = total.plus(cost.dense_work(site))
-    if ratio is not None:
-        total = total.plus(cost.sampled_work(asked, sfx.Sampled(ratio)))
-    return [total.flops / 1e6, total.conv_flops / 1e6, total.moved / 1e6, *total[3:], 1.0]
+def sample(row: Row) -> cost.Sample:
+    """A whole forward and backward, dense and with some products sampled."""
+    sites = list(sites_of(CASES[row.case]).values())
+    asked = unit(CASES[row.case], row.role)
+    dense = cost.total(map(cost.dense_work, sites))
+    others = cost.total(cost.dense_work(site) for site in sites if site not in asked)
+    sparse = others.plus(cost.sampled_work(asked, sfx.Sampled(row.ratio)))
+    return cost.Sample(dense, sparse, row.dense * 1e3, row.median * 1e3)
 
 
-def fit(rows: Sequence[Row]) -> list[float]:
-    """Paces by least squares of relative errors, none negative."""
-    from scipy.optimize import nnls
-
-    lines, times = [], []
+def fits(rows: Sequence[Row]) -> dict[str, cost.Fit]:
+    """Paces by kind of product."""
+    kinds = {"mm": [], "conv": []}
     for row in rows:
-        sites = list(sites_of(CASES[row.case]).values())
-        asked = unit(CASES[row.case], row.role)
-        lines += [features(sites, [], None), features(sites, asked, row.ratio)]
-        times += [row.dense * 1e3, row.median * 1e3]
-    scale = torch.tensor(times, dtype=torch.float64)
-    table = torch.tensor(lines, dtype=torch.float64) / scale[:, None]
-    found = nnls(table.numpy(), torch.ones_like(scale).numpy())[0]
-    return [float(pace) for pace in found]
+        kinds["conv" if isinstance(CASES[row.case], Shape) else "mm"].append(sample(row))
+    return {kind: cost.fit(samples) for kind, samples in kinds.items() if len(samples) >= 3}
 
 
 def cells(row: Row) -> list[str]:
-    why = verdict(row).removeprefix("not profitable: ").partition(" expected to take ")[2]
+    why = verdict(row).partition(": ")[2]
     times = [f"{row.dense:.2f}", f"{row.median:.2f}", factor(row.speedup)]
     return [row.role, f"{row.ratio:g}", *times, "declined" if why else "kept", why]
 
@@ -211,8 +202,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         content = json.loads(args.fit.read_text("utf-8"))
         rows = [Row(**row) for row in content.pop("rows")]
         report(rows, content)
-        names = (*cost.Work._fields, "any call")
-        print(*(f"{n}: {p:.4g} us" for n, p in zip(names, fit(rows), strict=True)), sep="\n")
+        for kind, found in fits(rows).items():
+            paces = [f"{name} {value:.4g}" for name, value in found.pace.to_dict().items()]
+            print(f"{kind}: {', '.join(paces)} us; {found.overhead:.4g} us a step")
         return rows
     rows = []
     for index in args.cases:

@@ -113,6 +113,21 @@ def input_position(placeholder: Node, order: int) -> int:
     return described if isinstance(described, int) else order
 
 
+def held_name(placeholder: Node) -> str:
+    """Return which attribute of Dynamo's graph a placeholder of the joint graph is; "" if none.
+
+    Under Inductor's freezing the graph holds its parameters instead of being given them.
+    """
+    return str(getattr(placeholder.meta.get("desc"), "target", ""))
+
+
+def held_sources(gm: GraphModule) -> dict[str, str]:
+    """Return how the user's code reaches what Dynamo's graph holds, by the attribute's name."""
+    named = getattr(gm, "_param_name_to_source", None) or {}
+    texts = {key: getattr(source, "name", "") for key, source in named.items()}
+    return {key: str(text() if callable(text) else text) for key, text in texts.items()}
+
+
 def lazy_graph_module(root: GraphModule, graph: torch.fx.Graph) -> GraphModule:
     """Return a module that generates its code when it first runs; passes edit, they don't run."""
     from torch.fx._lazy_graph_module import _LazyGraphModule
@@ -560,6 +575,26 @@ def size_hint(size: Any) -> int:
 def has_size(size: Any) -> bool:
     """Whether a size is a number or has an example's; a size that depends on data has neither."""
     return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
+
+
+def size_expr(size: Any) -> Any:
+    """Return a size as a sympy expression of its graph's symbols."""
+    import sympy
+
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
+
+
+def symbol_hints(sizes: Sequence[Any]) -> dict[Any, int]:
+    """Return the example's value of every symbol in some sizes, where it has one."""
+    found: dict[Any, int] = {}
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            env = size.node.shape_env
+            name = "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val"
+            values = getattr(env, name)  # the second is what older versions call it
+            symbols = size.node.expr.free_symbols
+            found.update({s: int(values[s]) for s in symbols if s in values})
+    return found
 
 
 def known_backends() -> list[str]:

@@ -12,6 +12,8 @@ import pytest
 
 UNDER_XDIST = "PYTEST_XDIST_WORKER" in os.environ
 
+os.environ["SPARSEFX_CALIBRATION"] = ""  # what was measured on this machine changes no test
+
 # All of this is read when torch or Triton is imported, so it is set before either is. Workers and
 # the processes that tests start inherit it.
 if not UNDER_XDIST:  # one cache for all workers of a run, none of it from an earlier run

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparsefx import compat, cost
-from sparsefx.config import Dense, Masked, Pattern
+from sparsefx.config import Dense, Masked, Pattern, Sampled
 from sparsefx.lowering import lowering_of
 from sparsefx.pipeline import Outcome
-from sparsefx.plan import Plan, Role
+from sparsefx.plan import Plan, Role, Site
 
 ROLES: tuple[Role, ...] = ("forward", "grad_input", "grad_weight", "other")
 Key = tuple[int, str]  # (group, role)
@@ -46,7 +46,12 @@ class Row:
         mask_pattern: of that mask when it was compiled, such as "2:4 transposable"; "" if none.
         mask_density: share that it kept then; None where its values were not at hand.
         holds: pattern of the zeros of an unmasked weight when it was compiled; "" if none.
-        note: what of the rule does not act here.
+        note: what of the rule does not act here, and from which batch on a sampled product whose
+            batch is dynamic is expected to win.
+        predicted_dense_us: microseconds that the cost model expects of the full product, None
+            where a size is not known.
+        predicted_us: likewise of what runs; a sampled forward's hold the scores and the choice of
+            pairs that its gradients share.
     """
 
     layer: str
@@ -73,6 +78,8 @@ class Row:
     mask_density: float | None = None
     holds: str = ""
     note: str = ""
+    predicted_dense_us: float | None = None
+    predicted_us: float | None = None
 
     @property
     def decided(self) -> str:
@@ -109,14 +116,27 @@ def rows_of(outcome: Outcome, graph: int) -> list[Row]:
         outcome.plans,
         key=lambda p: (order.get(p.site.group, len(order)), ROLES.index(p.site.role)),
     )
-    return [_row(plan, forwards.get(plan.site.group), outcome.ops, graph) for plan in plans]
+    derived: dict[int, list[Site]] = {}
+    for plan in plans:
+        if plan.decision is not None and plan.decision.derived and not plan.decision.dense:
+            derived.setdefault(plan.site.group, []).append(plan.site)
+    return [
+        _row(plan, forwards.get(plan.site.group), outcome.ops, graph, derived) for plan in plans
+    ]
 
 
-def _row(plan: Plan, forward: Plan | None, ops: Mapping[Key, str], graph: int) -> Row:
+def _row(
+    plan: Plan,
+    forward: Plan | None,
+    ops: Mapping[Key, str],
+    graph: int,
+    derived: Mapping[int, Sequence[Site]],
+) -> Row:
     site, decision = plan.site, plan.decision
     op = ops.get((site.group, site.role), "")
     sparse = decision is not None and not decision.dense and op != ""
     pattern = decision.pattern if decision is not None and sparse else Dense()
+    dense_us = cost.predicted_dense(site)
     forced = decision.lowering if decision is not None else None
     follows = forward.site if forward and decision and decision.derived else None
     full = left = executed = None
@@ -149,8 +169,28 @@ def _row(plan: Plan, forward: Plan | None, ops: Mapping[Key, str], graph: int) -
         mask_pattern=site.mask_pattern,
         mask_density=site.mask_density,
         holds=site.holds,
-        note=decision.note if decision is not None else "",
+        note=_note(plan, derived.get(site.group, ())),
+        predicted_dense_us=dense_us,
+        predicted_us=cost.predicted(site, pattern, op, follows) if sparse else dense_us,
     )
+
+
+def _note(plan: Plan, derived: Sequence[Site]) -> str:
+    """What the decision notes, and a dynamic batch's break-even."""
+    decision, site = plan.decision, plan.site
+    if decision is None:
+        return ""
+    notes = [decision.note] if decision.note else []
+    sizes = (*site.shape, site.batch)
+    if isinstance(decision.pattern, Sampled) and not decision.derived and any(map(_dynamic, sizes)):
+        together = (site, *derived) if site.role == "forward" else (site,)
+        found = cost.break_even(together, decision.pattern)
+        notes += [] if found is None else [str(found)]
+    return "; ".join(notes)
+
+
+def _dynamic(size: Any) -> bool:
+    return not isinstance(size, int)
 
 
 def _why_dense(plan: Plan) -> str:
