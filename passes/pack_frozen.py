@@ -4,8 +4,8 @@
                                                     nm_packed_mm(x, values, codes, b, n, m)
     masked_mm(x, w.T, mask.T, b), transposable  ->  the same, of where(mask, w, 0)
 
-Inductor's freezing, if it is on, computes ``nm_pack`` when it compiles, and keeps the result in the
-weight's place; without it each call packs anew.
+Inductor's freezing, if ``torch._inductor.config.freezing`` is on, computes ``nm_pack`` when it
+compiles, and keeps the result in the weight's place; without it each call packs anew.
 
 Needs    rewrite_nm ran, share_masks didn't.
 Keeps    values within rounding, shapes, provenance.
@@ -36,7 +36,6 @@ from sparsefx.rewriting import (
 
 aten = torch.ops.aten
 Rule = Callable[[Node, NM], Node | Skip]
-_LARGEST = 256  # a place in a group has at most 8 bits
 
 
 def pack_frozen(gm: GraphModule, *, freeze: bool = True) -> PassResult:
@@ -67,8 +66,6 @@ def _frozen(rule: Rule, freeze: bool, node: Node) -> Node | Skip | None:
     pattern = plan.decision.pattern
     if not isinstance(pattern, NM):
         return Skip("freeze=True packs no stored mask, whose pattern may change: use sparsefx.pack")
-    if pattern.m > _LARGEST:
-        return Skip(f"freeze=True packs groups of at most {_LARGEST}, not of {pattern.m}")
     return rule(node, pattern)
 
 

@@ -68,7 +68,7 @@ def _compile(
     """Compile a graph as its record says, and write into that what became of it."""
 
     def rewrite(joint: GraphModule) -> None:
-        name_inputs(joint, record.inputs)
+        name_inputs(joint, record.inputs, record.held)
         record.outcome = pipeline.run(joint, record.config)
 
     if record.config.codegen == "aot_eager":
@@ -132,7 +132,10 @@ def cache_identity(record: Compilation, patches: Mapping[str, Any]) -> str | Non
         "triton": _triton_version(),
         "config": config,
         # a factor that holds no zero is no mask: the one thing that values decide
-        "inputs": [[i.name, i.kind, i.kind == "buffer" and i.density == 1] for i in record.inputs],
+        "inputs": [
+            [i.name, i.kind, i.kind == "buffer" and i.density == 1]
+            for i in (*record.inputs, *record.held.values())
+        ],
         "names": names,
         "device": _device(),
         "inductor": {key: repr(value) for key, value in patches.items()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ class Compilation:
         grad: whether gradients were recorded.
         inference: whether inference mode was on.
         autocast: (device type, dtype) pairs that were active.
+        held: what the graph holds itself, by the attribute's name: all parameters, where Inductor's
+            freezing is on.
     """
 
     gm: GraphModule
@@ -41,6 +43,7 @@ class Compilation:
     grad: bool = True
     inference: bool = False
     autocast: list[tuple[str, torch.dtype]] = field(default_factory=list)
+    held: dict[str, Input] = field(default_factory=dict)
 
 
 def remember(gm: GraphModule, example_inputs: Sequence[Any], config: SparseConfig) -> Compilation:
@@ -57,6 +60,7 @@ def remember(gm: GraphModule, example_inputs: Sequence[Any], config: SparseConfi
         grad=torch.is_grad_enabled(),
         inference=torch.is_inference_mode_enabled(),
         autocast=active,
+        held=describe_held(gm),
     )
 
 
@@ -83,6 +87,20 @@ def describe_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Inpu
     ]
 
 
+def describe_held(gm: GraphModule) -> dict[str, Input]:
+    """Say the same of the parameters and buffers that the graph holds, by the attribute's name."""
+    described = {}
+    parameters, buffers = dict(gm.named_parameters()), dict(gm.named_buffers())
+    for name, source in compat.held_sources(gm).items():
+        example = parameters.get(name, buffers.get(name))
+        if example is None:
+            continue
+        known = Input(module_path(source), "parameter" if name in parameters else "buffer")
+        looked_at = example.dim() > 1 and _may_mask(known, example, {_size(example)})
+        described[name] = replace(known, **_zeros(example)) if looked_at else known
+    return described
+
+
 def _size(tensor: Tensor) -> tuple[int, ...]:
     return tuple(sorted(tensor.shape))  # a transposed mask has them, too
 
@@ -104,13 +122,23 @@ def _zeros(example: Tensor) -> dict[str, Any]:
     return {"density": density, "holds": holds}
 
 
-def name_inputs(joint: GraphModule, inputs: Sequence[Input]) -> None:
-    """Write onto the placeholders of a joint graph what they are."""
+def name_inputs(
+    joint: GraphModule, inputs: Sequence[Input], held: Mapping[str, Input] | None = None
+) -> None:
+    """Write onto the placeholders of a joint graph what they are.
+
+    Args:
+        joint: the graph.
+        inputs: of Dynamo's graph.
+        held: what that graph holds itself, by the attribute's name.
+    """
     placeholders: list[Node] = [n for n in joint.graph.nodes if n.op == "placeholder"]
     for order, node in enumerate(placeholders):
         position = compat.input_position(node, order)
         is_tangent = node.name.startswith("tangents")
-        if not is_tangent and position < len(inputs):
+        if known := (held or {}).get(compat.held_name(node)):
+            node.meta[INPUT] = known
+        elif not is_tangent and position < len(inputs):
             node.meta[INPUT] = inputs[position]
 
 
@@ -169,7 +197,7 @@ def trace_again(
     """
 
     def named(joint: GraphModule) -> None:
-        name_inputs(joint, record.inputs)
+        name_inputs(joint, record.inputs, record.held)
         rewrite(joint)
 
     gm = copy_graph_module(record.gm)

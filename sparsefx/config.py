@@ -158,7 +158,10 @@ class SparseConfig:
         verify: check the graph between passes.
         passes: your own passes, run after sparsefx's rewrites, before ``cleanup``.
         freeze: in graphs without a backward, pack the weights of linear N:M layers apart from their
-            products, so that Inductor's freezing packs them when it compiles.
+            products. Inductor's freezing then packs them once, as it compiles; it has to be on when
+            the model is first called (``torch._inductor.config.freezing``, or the variable
+            TORCHINDUCTOR_FREEZING=1; Dynamo asks before it sees any ``options``). Without it each
+            call packs anew: right, and slow.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.

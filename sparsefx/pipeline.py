@@ -26,8 +26,8 @@ from sparsefx.rewriting import (
 from sparsefx.verify import verify
 
 _PACKED = (
-    "its weight is packed: once, if Inductor's freezing is on "
-    "(options={'inductor': {'freezing': True}}), else at every call"
+    "its weight is packed: once, if torch._inductor.config.freezing is on while it compiles, else "
+    "at every call"
 )
 Pass = Callable[[GraphModule], PassResult]
 Observer = Callable[[str, GraphModule, PassResult], None]

@@ -20,7 +20,6 @@ from sparsefx.sparsifiers.targets import Target, all_targets, indivisible, match
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention
-_LARGEST = 256  # a code has at most 8 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +180,7 @@ def _pattern(
 ) -> tuple[int, int, Tensor]:
     """(n, m, the weight that acts). A mask that the model has acts, whatever the rule says."""
     matrix = target.matrix(weight)
-    if isinstance(wanted, NM) and (reason := _unfit(target, weight, wanted)):
+    if isinstance(wanted, NM) and (reason := indivisible(target, weight, wanted)):
         raise _Left(reason)
     if isinstance(wanted, NM) and not masked:
         if wanted.transposable:
@@ -197,12 +196,6 @@ def _pattern(
     if masked:
         raise _Left("the zeros of its mask follow no N:M pattern")
     raise _Left("its weight holds no N:M pattern")
-
-
-def _unfit(target: Target, weight: Tensor, wanted: NM) -> str:
-    if wanted.m > _LARGEST:
-        return f"m={wanted.m} is more than {_LARGEST}, the most that a code can tell apart"
-    return indivisible(target, weight, wanted)
 
 
 # --- tied weights

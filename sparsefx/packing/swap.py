@@ -118,14 +118,15 @@ def _check_model(model: object) -> None:
 @contextmanager
 def _all_or_none(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Put modules back as they were when anything goes wrong."""
-    before = [(type(module), _one_level(module)) for module in modules]
+    parts = [part for module in modules for part in module.modules()]  # their masks, too
+    before = [(type(part), _one_level(part)) for part in parts]
     try:
         yield
     except BaseException:
-        for module, (cls, held) in zip(modules, before, strict=True):
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(held)
+        for part, (cls, held) in zip(parts, before, strict=True):
+            part.__class__ = cls
+            vars(part).clear()
+            vars(part).update(held)
         raise
 
 
