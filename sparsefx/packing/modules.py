@@ -7,7 +7,6 @@ read it; it is unpacked at every access and writing into it changes nothing.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ class Packed:
     original: type[nn.Module]  # the class that the layer had
     weight_values: Tensor
     weight_codes: Tensor
+    weight_pattern: Tensor
     bias: Tensor | None
 
     @property
@@ -108,14 +108,14 @@ class Packed:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the class that the layer had: the packed one can't be imported."""
-        state = super().__reduce_ex__(max(int(protocol), 2))[2:]  # type: ignore[index]
+        state = super().__reduce_ex__(max(int(protocol), 2))[2:]
         return (_rebuild, (self.original,), *state)
 
 
 class PackedProduct(Packed):
     """A layer whose forward is ``x @ weight.T + bias`` and nothing else: the packed product."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """Multiply the last axis of x [..., K] -> [..., out].
 
         Raises:
@@ -138,13 +138,17 @@ class PackedProduct(Packed):
         return y.view(*x.shape[:-1], y.shape[1])
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def packed_class(original: type[nn.Module]) -> type[nn.Module]:
     """Return the class of packed layers of a class; two calls return one class."""
+    if original in _CLASSES:
+        return _CLASSES[original]
     base = PackedProduct if is_product(original) else Packed
     name = f"Packed{original.__name__}"
     body = {"original": original, "__module__": __name__, "__doc__": f"A packed {original!r}."}
-    return type(name, (base, original), body)
+    return _CLASSES.setdefault(original, type(name, (base, original), body))
 
 
 def is_product(cls: type[nn.Module]) -> bool:
