@@ -3,6 +3,7 @@
 from typing import Any
 
 from sparsefx import kernels, masks, ops, sparsifiers
+from sparsefx.calibration import calibrate
 from sparsefx.config import NM, Dense, Masked, Rule, Sampled, SparseConfig, preset
 from sparsefx.errors import (
     ConfigError,
@@ -42,6 +43,7 @@ __all__ = [
     "SparsefxError",
     "SparsefxWarning",
     "SparsifierError",
+    "calibrate",
     "explain",
     "masks",
     "ops",

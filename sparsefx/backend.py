@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from sparsefx import compat, pipeline
+from sparsefx import compat, cost, pipeline
 from sparsefx.capture import Compilation, name_inputs, remember
 from sparsefx.config import SparseConfig
 from sparsefx.errors import ConfigError, SparsefxError
@@ -138,6 +138,7 @@ def cache_identity(record: Compilation, patches: Mapping[str, Any]) -> str | Non
         ],
         "names": names,
         "device": _device(),
+        "calibration": cost.digest(),
         "inductor": {key: repr(value) for key, value in patches.items()},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -548,17 +548,23 @@ def many_recompiles() -> Iterator[None]:
         yield
 
 
-def compile_apart(model: Any, backend: Callable[..., Any], dynamic: bool | None = False) -> Any:
+def compile_apart(
+    model: Any,
+    backend: str | Callable[..., Any],
+    dynamic: bool | None = False,
+    options: dict[str, Any] | None = None,
+) -> Any:
     """Compile so that it doesn't count towards the user's own recompile limit.
 
     Args:
         model: what ``torch.compile`` takes.
-        backend: a compiler function.
+        backend: a compiler function, or its name.
         dynamic: whether sizes are symbolic, as for ``torch.compile``.
+        options: as for ``torch.compile``.
     """
     known = inspect.signature(torch.compile).parameters  # isolate_recompiles came after 2.11
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-    return torch.compile(model, backend=backend, dynamic=dynamic, **apart)
+    return torch.compile(model, backend=backend, dynamic=dynamic, options=options, **apart)
 
 
 def settled(size: Any) -> Any:

@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "plan": {"errors", "config", "patterns"},
     "policy": {"errors", "config", "patterns", "plan"},
     "cost": {"errors", "compat", "config", "patterns", "plan", "policy"},
+    "calibration": {"errors", "compat", "config", "plan", "cost"},
     "lowering": {"errors", "config", "plan", "cost", "kernels"},
     "rewriting": LEAVES | {"plan", "ops"},
     "naming": LEAVES | {"plan", "rewriting"},

@@ -9,7 +9,9 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,18 @@ def _measured(data: Mapping[str, Any]) -> Measured:
 
 # --- the one in use
 
+_unused: ContextVar[bool] = ContextVar("unused", default=False)
+
+
+@contextmanager
+def unused() -> Iterator[None]:
+    """Use no calibration, so that one can be made: the file may not be there yet."""
+    token = _unused.set(True)
+    try:
+        yield
+    finally:
+        _unused.reset(token)
+
 
 def device_name(device: str) -> str:
     """What a calibration holds for: the card, or the processor's kind and how many threads."""
@@ -234,7 +248,7 @@ def current(device: str) -> Calibration | None:
     SparsefxWarning, once, and is ignored.
     """
     named = os.environ.get(VARIABLE)
-    if named == "":
+    if named == "" or _unused.get():
         return None
     path = default_path(device) if named is None else Path(named)
     try:
