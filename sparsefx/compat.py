@@ -583,6 +583,13 @@ def has_size(size: Any) -> bool:
     return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
 
 
+def freezing() -> bool:
+    """Whether Inductor computes what depends on parameters alone as it compiles."""
+    import torch._inductor.config as inductor
+
+    return bool(inductor.freezing)
+
+
 def size_expr(size: Any) -> Any:
     """Return a size as a sympy expression of its graph's symbols."""
     import sympy

@@ -28,7 +28,7 @@ def lowering_of(
     kernel = kernel_for(op, device)
     if kernel is not None and forced != "reference" and not _beyond_kernels(op, pattern):
         return str(kernel)
-    if cost.executes_dense(op):
+    if cost.executes_dense(op) or op.startswith("nm_packed"):  # the latter is unpacked
         return MASKED_DENSE
     return "gathered conv" if "conv" in op else "gathered GEMM"
 

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch.fx import GraphModule
 
-from sparsefx import cost, naming, ops, passes
+from sparsefx import compat, cost, naming, ops, passes
 from sparsefx.config import Dense, GraphPass, SparseConfig
 from sparsefx.errors import PassError, SparsefxWarning
 from sparsefx.lowering import check_forced
@@ -60,7 +60,9 @@ class _Exclusions:
 def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[tuple[str, Pass]]:
     """Return the passes in the order in which they run."""
     known = exclusions or _Exclusions()
-    unprofitable = cost.unprofitable if config.select == "profitable" else None
+    packed = config.freeze and compat.freezing()
+    weighed = partial(cost.unprofitable, packed=packed)
+    unprofitable = weighed if config.select == "profitable" else None
     own = [function for function in config.passes if function not in known.passes]
     return [
         ("canonicalize", partial(passes.canonicalize, excluded=known.nodes)),

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sparsefx as sfx
 from sparsefx import cost
-from sparsefx.config import NM, Dense, Masked, Sampled
+from sparsefx.config import NM, Dense, Masked, Rule, Sampled, SparseConfig
 from sparsefx.plan import Site
 
 
@@ -205,3 +207,50 @@ def test_an_empty_layer_is_left_alone():
 
 def test_another_device_is_judged_as_a_cpu():
     assert cost.unprofitable(layer(1024, 2048, 2048, device="xpu"), Sampled(0.3)) == ""
+
+
+# --- packed once
+
+
+def decode(rows, dtype="float32", has_backward=False, **changes):
+    """A forward of a few rows, as generation token by token has it."""
+    shape = (rows, 4096, 4096)
+    return [site(shape, dtype=dtype, has_backward=has_backward, **changes)]
+
+
+def test_packed_weights_pay_for_few_rows_on_a_cpu():
+    for pattern in (NM(2, 4), NM(1, 8), NM(2, 4, transposable=True)):
+        for one in (decode(1), decode(8), decode(1, "bfloat16")):
+            assert cost.unprofitable(one, pattern, packed=True) == ""
+    assert cost.unprofitable(decode(1), NM(31, 32), packed=True) == (
+        "not profitable: forward: 3.47 ms packed, 3.12 ms dense on cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        decode(9),
+        [replace(decode(1)[0], shape=(1, 1023, 1024))],
+        decode(1, "float64"),
+        decode(1, has_backward=True),
+        decode(1, device="cuda"),
+        decode(1, kind="conv", channels=(4096, 4096, 1, 1)),
+    ],
+)
+def test_nothing_else_is_known_to(one):
+    assert "masked dense product" in cost.unprofitable(one, NM(2, 4), packed=True)
+    assert "masked dense product" in cost.unprofitable(decode(1), NM(2, 4))
+
+
+def test_packing_is_weighed_where_inductor_freezes():
+    layer = torch.nn.Linear(1024, 1024)
+    config = SparseConfig([Rule("*", NM(2, 4))], False, select="profitable", freeze=True)
+
+    def decided():
+        with torch.no_grad():
+            return sfx.explain(layer, config=config)(torch.randn(1, 1024)).sites[0].sparse_op
+
+    assert decided() == ""
+    with torch._inductor.config.patch(freezing=True):
+        assert decided() == "nm_packed_mm"

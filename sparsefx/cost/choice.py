@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sparsefx import compat
 from sparsefx.config import NM, Masked, Pattern, Sampled
+from sparsefx.cost.algebra import number
 from sparsefx.cost.breakeven import break_even
 from sparsefx.cost.calibrated import pace_of
 from sparsefx.cost.expressions import sizes_of
@@ -58,18 +59,21 @@ def _time(site: Site, work: Work) -> float:
     return float(pace_of(site.kind, site.device, site.dtype).time(work))
 
 
-def unprofitable(sites: Sequence[Site], pattern: Pattern) -> str:
+def unprofitable(sites: Sequence[Site], pattern: Pattern, packed: bool = False) -> str:
     """Reason to leave products dense on this machine, or "".
 
-    N:M and stored masks run as a masked dense product on every device so far, so they gain nothing.
-    Sampled products have to take less time than the full ones, scores, choice, gathers and zeros
-    included.
+    N:M and stored masks run as a masked dense product, so they gain nothing; but for weights that
+    are packed once, times few rows, on a cpu. Sampled products have to take less time than the
+    full ones, scores, choice, gathers and zeros included.
 
     Args:
         sites: a product and those derived from it, which are worth what their sum is worth.
         pattern: what they become.
+        packed: whether weights of graphs without a backward are packed when they are compiled.
     """
     device = sites[0].device
+    if isinstance(pattern, NM) and packed and _streams(sites[0]):
+        return _slower(sites, _time(sites[0], packed_work(sites[0], pattern)), "packed")
     if isinstance(pattern, NM | Masked):
         name = "N:M" if isinstance(pattern, NM) else "a stored mask"
         return f"not profitable: {name} runs as a masked dense product on {device}"
@@ -77,15 +81,33 @@ def unprofitable(sites: Sequence[Site], pattern: Pattern) -> str:
         return ""
     if not known(*sites):
         return "not profitable: its sizes depend on data"
+    times = _slower(sites, _time(sites[0], total(sampled_works(sites, pattern))), "sampled")
+    found = break_even(sites, pattern) if times else None
+    if not times or found is None:
+        return times
+    return times.replace("not profitable: ", f"not profitable at {found.at}: {found} (") + ")"
+
+
+_FEW_ROWS = 8  # beyond them a packed weight is no longer read at memory speed
+_LARGE = 2**20  # weights; smaller ones are in caches, where reading less gains nothing
+
+
+def _streams(site: Site) -> bool:
+    """Whether a packed weight is read once, from memory: all that its kernel is counted on for."""
+    if site.kind != "mm" or site.has_backward or not known(site):
+        return False
+    rows, outputs, inputs = map(number, site.shape)
+    here = site.device == "cpu" and site.dtype in ("float32", "bfloat16")
+    return bool(here and rows <= _FEW_ROWS and outputs * inputs >= _LARGE)
+
+
+def _slower(sites: Sequence[Site], sparse: float, how: str) -> str:
+    """Both times, where the sparse one is not the lower one."""
     dense = _time(sites[0], total(map(dense_work, sites)))
-    sparse = _time(sites[0], total(sampled_works(sites, pattern)))
     if sparse <= MARGIN * dense:
         return ""
-    times = f"{_products(sites)}: {told(sparse)} sampled, {told(dense)} dense on {device}"
-    found = break_even(sites, pattern)
-    if found is None:
-        return f"not profitable: expected {times}"
-    return f"not profitable at {found.at}: {found} ({times})"
+    times = f"{told(sparse)} {how}, {told(dense)} dense on {sites[0].device}"
+    return f"not profitable: {_products(sites)}: {times}"
 
 
 def _products(sites: Sequence[Site]) -> str:

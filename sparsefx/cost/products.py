@@ -67,4 +67,4 @@ def packed_bytes(site: Site, of: Terms) -> Amount:
 
 def executes_dense(op: str) -> bool:
     """Whether an op runs the full product with a masked operand: right, but no faster."""
-    return op.startswith(("masked_", "nm_"))
+    return op.startswith(("masked_", "nm_")) and not op.startswith("nm_packed")

@@ -68,6 +68,14 @@ class Report:
             if fnmatch.fnmatchcase(row.layer, layer)
         ]
 
+    def times(self) -> str:
+        """Return a table of the times that the cost model expects, dense and as compiled.
+
+        A time is of one call. Where the batch is dynamic, ``why`` says from which one on sparse
+        wins.
+        """
+        return table.format_times(self.sites)
+
     # --- graphs
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsefx import compat, cost
 from sparsefx.config import Dense, Masked, Pattern, Sampled
-from sparsefx.lowering import lowering_of
+from sparsefx.lowering import MASKED_DENSE, lowering_of
 from sparsefx.pipeline import Outcome
 from sparsefx.plan import Plan, Role, Site
 
@@ -136,13 +136,15 @@ def _row(
     op = ops.get((site.group, site.role), "")
     sparse = decision is not None and not decision.dense and op != ""
     pattern = decision.pattern if decision is not None and sparse else Dense()
-    dense_us = cost.predicted_dense(site)
     forced = decision.lowering if decision is not None else None
+    lowering = lowering_of(op, site.device, pattern, forced) if sparse else "dense"
+    serves = "masked_mm" if lowering == MASKED_DENSE else op  # of what is unpacked first, too
+    dense_us = cost.predicted_dense(site)
     follows = forward.site if forward and decision and decision.derived else None
     full = left = executed = None
     if all(map(compat.has_size, (site.batch, *site.shape))):
         full, left = cost.dense_flops(site), cost.sparse_flops(site, pattern, follows)
-        executed = full if cost.executes_dense(op) else left
+        executed = full if lowering == MASKED_DENSE or cost.executes_dense(op) else left
     sizes = dict(zip(("M", "N", "K", "batch"), (*site.shape, site.batch), strict=True))
     m, n, k, batch = (compat.size_hint(s) if compat.has_size(s) else None for s in sizes.values())
     return Row(
@@ -155,7 +157,7 @@ def _row(
         device=site.device,
         decision=pattern if sparse else None,
         reason="" if sparse else _why_dense(plan),
-        lowering=lowering_of(op, site.device, pattern, forced) if sparse else "dense",
+        lowering=lowering,
         flops_dense=full,
         flops_sparse=left,
         flops_executed=executed,
@@ -171,7 +173,7 @@ def _row(
         holds=site.holds,
         note=_note(plan, derived.get(site.group, ())),
         predicted_dense_us=dense_us,
-        predicted_us=cost.predicted(site, pattern, op, follows) if sparse else dense_us,
+        predicted_us=cost.predicted(site, pattern, serves, follows) if sparse else dense_us,
     )
 
 

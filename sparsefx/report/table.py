@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from sparsefx import cost
 from sparsefx.config import Masked
 from sparsefx.lowering import MASKED_DENSE
 from sparsefx.report.rows import Row
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 WIDTH = 120
 _COLUMNS = ("layer", "role", "M×N×K", "dtype", "decision", "runs as", "FLOPs")  # noqa: RUF001
 _GAP = 2
-_SHORTEST_LAYER, _LONGEST_LOWERING = 16, 24
+_SHORTEST_LAYER, _LONGEST_LOWERING, _LONGEST_TIMED = 16, 24, 40
 
 
 def format_rows(rows: Sequence[Row]) -> str:
@@ -95,6 +96,23 @@ def format_totals(totals: Totals) -> str:
         table.add_row(name, number(dense), number(sparse), share(sparse, dense), "")
     note = f"\n  not counted: {count_of(totals.unknown, 'product')} whose sizes depend on data"
     return _render(table) + (note if totals.unknown else "")
+
+
+def format_times(rows: Sequence[Row]) -> str:
+    """Print what the cost model expects: dense, and what runs; "?" where sizes depend on data."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    for name in ("layer", "role", "runs as", "dense", "expected", ""):
+        words = name in ("layer", "role", "runs as")
+        table.add_column(name, no_wrap=True, justify="left" if words else "right")
+    for row in rows:
+        dense, own = row.predicted_dense_us, row.predicted_us
+        told = ["?" if time is None else cost.told(time) for time in (dense, own)]
+        factor = f"{dense / own:.2f}x" if dense is not None and own else ""
+        lowering = shorten(row.lowering, _LONGEST_LOWERING)
+        table.add_row(shorten(row.layer, _LONGEST_TIMED), row.role, lowering, *told, factor)
+    return _render(table)
 
 
 def format_legend(rows: Sequence[Row]) -> str:

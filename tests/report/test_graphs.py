@@ -123,7 +123,7 @@ def look_only(gm):
 def test_a_users_own_pass_is_a_stage():
     cfg = SparseConfig(rules=[Rule("*", forward=Sampled(0.5))], passes=[look_only])
     report = sfx.explain(small(), config=cfg)(torch.randn(6, 8))
-    assert [n for n, _ in report.stages[0]] == [*PASSES[:9], "look_only", *PASSES[9:]]
+    assert [n for n, _ in report.stages[0]] == [*PASSES[:10], "look_only", *PASSES[10:]]
     assert report.diff("look_only") == ""
 
 
