@@ -74,7 +74,7 @@ PATTERNS = st.one_of(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(st.tuples(SIZES, SIZES, SIZES, st.integers(1, 4)), PATTERNS, st.floats(0, 1))
 def test_symbols_replaced_by_sizes_are_the_integers(sizes, pattern, density):
     values = dict(zip((M, N, K, B), sizes, strict=True))
@@ -92,7 +92,7 @@ def test_symbols_replaced_by_sizes_are_the_integers(sizes, pattern, density):
             assert float(found.bytes_moved.subs(numbers)) == pytest.approx(moved)
 
 
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(st.tuples(*[st.integers(1, 12)] * 4), st.floats(0.01, 1))
 def test_so_are_a_convolution_s(sizes, ratio):
     batch, inner, outer, image = sizes
@@ -139,7 +139,7 @@ def test_time_of_symbols_is_an_expression():
     assert float(pace.time(work).subs(M, 70)) == pytest.approx(pace.time(same))
 
 
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(st.integers(16, 1024), st.integers(16, 1024), st.sampled_from([0.1, 0.3, 0.5, 0.8]))
 def test_it_is_the_smallest_number_of_rows(n, k, ratio):
     found = cost.break_even(layer(64, n, k), Sampled(ratio))

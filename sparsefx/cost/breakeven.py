@@ -13,7 +13,7 @@ import sympy
 from sparsefx import compat
 from sparsefx.config import Sampled
 from sparsefx.cost.calibrated import pace_of
-from sparsefx.cost.expressions import in_symbols, sizes_of
+from sparsefx.cost.expressions import sizes_of
 from sparsefx.cost.paces import MARGIN, Pace
 from sparsefx.cost.work import dense_work, sampled_work, total
 from sparsefx.plan import Site
@@ -66,8 +66,8 @@ def break_even(sites: Sequence[Site], pattern: Sampled) -> BreakEven | None:
     """
     every = [size for site in sites for size in sizes_of(site)]
     hints = compat.symbol_hints(every)
-    symbols = set().union(*(compat.size_expr(size).free_symbols for size in every))
-    bare = [_bare(in_symbols(site)) for site in sites]
+    symbols = set().union(*(_amount(size).free_symbols for size in every if not _fixed(size)))
+    bare = [_bare(site) for site in sites]
     if len(symbols) == 1 and symbols == hints.keys():
         ((symbol, here),) = hints.items()
         unit = "batch"
@@ -86,8 +86,19 @@ def break_even(sites: Sequence[Site], pattern: Sampled) -> BreakEven | None:
 
 def _bare(site: Site) -> Site:
     """What of a site costs depend on, so that layers that are alike are asked about once."""
-    known = {"channels": site.channels, "batch": site.batch}
-    return Site("", site.role, site.kind, "", site.shape, site.dtype, site.device, 0, **known)
+    m, n, k = map(_amount, site.shape)
+    channels: Any = None if site.channels is None else tuple(map(_amount, site.channels))
+    bare = Site("", site.role, site.kind, "", (m, n, k), site.dtype, site.device, 0)
+    return replace(bare, channels=channels, batch=_amount(site.batch))
+
+
+def _fixed(size: Any) -> bool:
+    return isinstance(size, int)
+
+
+def _amount(size: Any) -> Any:
+    """An integer as it is, which is the faster to compute with, or an expression."""
+    return size if _fixed(size) else compat.size_expr(size)
 
 
 def _unit(site: Site) -> tuple[str, int]:
@@ -116,21 +127,30 @@ def _grown(site: Site, batch: Any) -> Site:
 def _start(sites: tuple[Site, ...], symbol: Any, pattern: Sampled, pace: Pace) -> int | None:
     """The smallest size that sparse wins at; None is never, 0 that it can't be said."""
     dense = pace.time(total(map(dense_work, sites)))
-    gap = sympy.expand(pace.time(sampled_work(sites, pattern)) - MARGIN * dense)
+    gap = pace.time(sampled_work(sites, pattern)) - MARGIN * dense
+    line = _line(gap, symbol)
 
     def wins(size: int) -> bool:
-        return bool(gap.subs(symbol, size) <= 0)
+        return bool(gap.subs(symbol, size) <= 0 if line is None else line[0] + line[1] * size <= 0)
 
     if wins(1):
         return 1 if wins(LARGEST) else 0
     if not wins(LARGEST):
         return None
-    if gap.is_polynomial(symbol) and sympy.degree(gap, symbol) == 1:
-        slope, offset = sympy.Poly(gap, symbol).all_coeffs()
-        root = math.ceil(float(-offset / slope))
-        return next(size for size in (root, root + 1) if wins(size))  # rounding
+    if line is not None:
+        return math.ceil(-line[0] / line[1])
     losing, winning = 1, LARGEST
     while winning - losing > 1:
         middle = (losing + winning) // 2
         losing, winning = (losing, middle) if wins(middle) else (middle, winning)
     return winning
+
+
+def _line(gap: Any, symbol: Any) -> tuple[float, float] | None:
+    """Offset and slope of a linear expression; None of another."""
+    if not gap.is_polynomial(symbol):
+        return None  # pairs are chosen from the batch, so that their number is cut to an integer
+    found = sympy.Poly(gap, symbol)
+    if found.degree() > 1:
+        return None
+    return float(found.coeff_monomial(1)), float(found.coeff_monomial(symbol))
