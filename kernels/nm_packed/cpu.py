@@ -14,9 +14,8 @@ from sparsefx.ops.packed import code_bits, code_bytes
 
 _SOURCE = Path(__file__).with_name("nm_packed.cpp")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_FEW = 8  # rows of x up to which the weight is streamed: README.md
-# the share of kept weights up to which a batch is multiplied packed, not unpacked: README.md
-_SPARSE = {torch.float32: 0.5, torch.bfloat16: 0.125}
+# a batch of M is multiplied packed where n / m <= share + rows / M, else unpacked: README.md
+_PACKED = {torch.float32: (0.65, 10), torch.bfloat16: (0.26, 11)}
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -42,8 +41,9 @@ def nm_packed_mm(
     library = _native.library(_SOURCE, _declare)
     if library is None or not _multiplied(x, values, codes, bias, n, m):
         return REFERENCES[nm_packed_mm_op](x, values, codes, bias, n, m)
-    few = x.shape[0] <= _FEW
-    if not few and n / m > _SPARSE[x.dtype]:
+    few = x.shape[0] <= _few(n, m)
+    share, more = _PACKED[x.dtype]
+    if not few and n / m > share + more / x.shape[0]:
         return torch.nn.functional.linear(x, nm_unpack(values, codes, n, m, x.shape[1]), bias)
     x, values, codes = x.contiguous(), values.contiguous(), codes.contiguous()
     bias = bias if bias is None else bias.contiguous()
@@ -67,6 +67,13 @@ def nm_unpack(values: Tensor, codes: Tensor, n: int, m: int, depth: int) -> Tens
     unpack = getattr(library, f"sparsefx_nm_unpack_{8 * values.element_size()}")
     unpack(*_weight(values, codes, n, m), out.data_ptr(), _native.threads(out.numel()))
     return out
+
+
+def _few(n: int, m: int) -> int:
+    """Rows of x up to which the weight is streamed: README.md."""
+    span = m // n
+    shuffled = span * n == m and span in (2, 4, 8) and 16 % n == 0 and (m <= 16 or span == 2)
+    return 64 // span if shuffled else 4
 
 
 def _multiplied(

@@ -7,6 +7,10 @@
 #include <memory>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 // Vectors as the machine has them; tests ask for fewer lanes.
 #ifndef SPARSEFX_LANES
 #define SPARSEFX_LANES 16

@@ -17,14 +17,25 @@ PATTERNS = [
 ]  # fmt: skip
 TYPES = [torch.float32, torch.bfloat16]
 # batch, rows, groups: single rows, odd sizes, more than 4 rows, more than one tile and chunk
-SHAPES = [(1, 1, 1), (1, 5, 7), (3, 9, 33), (7, 130, 12), (9, 13, 40), (70, 33, 21), (129, 300, 5)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 5, 7),
+    (3, 9, 33),
+    (7, 130, 12),
+    (9, 13, 40),
+    (37, 6, 4),
+    (70, 33, 21),
+    (129, 300, 5),
+]
 
 
 @pytest.fixture(autouse=True)
 def kernels_are_built(monkeypatch):
     kernels.register()
     assert _native.library(cpu._SOURCE, cpu._declare) is not None
-    monkeypatch.setattr(cpu, "_SPARSE", dict.fromkeys(TYPES, 1.0))  # batches are multiplied packed
+    monkeypatch.setattr(
+        cpu, "_PACKED", dict.fromkeys(TYPES, (1.0, 0))
+    )  # batches are multiplied packed
 
 
 @pytest.fixture(scope="module", params=[1, 8])
@@ -150,9 +161,9 @@ def test_threads_give_the_same(batch, threads):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_dense_batches_are_unpacked(dtype, monkeypatch):
-    monkeypatch.setattr(cpu, "_SPARSE", dict.fromkeys(TYPES, 0.0))
+    monkeypatch.setattr(cpu, "_PACKED", dict.fromkeys(TYPES, (0.4, 3)))  # 0.49 for 33 rows
     values, codes = packed(9, 6, 2, 4, dtype)
-    x, bias = torch.randn(30, 24).to(dtype), torch.randn(9).to(dtype)
+    x, bias = torch.randn(33, 24).to(dtype), torch.randn(9).to(dtype)
     w = unpacked(values, codes, 2, 4, 24)
     found = ops.nm_packed_mm(x, values, codes, bias, 2, 4)
     assert torch.equal(found, torch.nn.functional.linear(x, w, bias))
