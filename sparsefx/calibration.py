@@ -21,7 +21,8 @@ from sparsefx.errors import ConfigError, SparsefxWarning
 from sparsefx.plan import Role, Site
 
 _DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
-_DISTURBED = 1.5  # 80th percentile / 20th, of the typical step
+_MOST_SPREAD = 1.5  # 80th percentile / 20th, of the typical step
+_MOST_OFF = 1.0  # of the worst step, as a share of its time; an idle machine has 0.8
 _WARM_UP = 3  # rounds: the first ones compile and fill the allocator
 _Step = Callable[[], object]
 _Asked = tuple[Role, float]
@@ -110,7 +111,8 @@ def calibrate(
         ConfigError: for a device that isn't one of these two, or isn't here.
 
     Warns:
-        SparsefxWarning: where times spread so much that something else must have been running.
+        SparsefxWarning: where times spread so much, or are fitted so badly, that something else
+            must have been running; nothing is written then.
     """
     if device not in _DTYPES or (device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(
@@ -138,19 +140,25 @@ def calibrate(
                 fits[kind, dtype] = cost.fit([sample for *_, sample in samples])
                 measured += [_measured(*one, dtype, fits[kind, dtype]) for one in samples]
     found = cost.Calibration(device, known, fits, tuple(measured), torch.__version__, codegen)
-    _warn_if_disturbed(statistics.median(spreads))
-    found.save(path or os.environ.get(VARIABLE) or default_path(device))
+    if not _disturbed(spreads, found):
+        found.save(path or os.environ.get(VARIABLE) or default_path(device))
     return found
 
 
-def _warn_if_disturbed(spread: float) -> None:
-    if spread > _DISTURBED:
-        warnings.warn(
-            f"sparsefx.calibrate: the same step took {spread:.1f} times as long at times: "
-            "something else was running; calibrate again on an idle machine",
-            SparsefxWarning,
-            stacklevel=3,
-        )
+def _disturbed(spreads: Sequence[float], found: cost.Calibration) -> bool:
+    """Warn, where times spread or can't be fitted, that something else must have been running."""
+    spread, worst = statistics.median(spreads), found.worst
+    off = 0.0 if worst is None else worst.error
+    if spread <= _MOST_SPREAD and off <= _MOST_OFF:
+        return False
+    warnings.warn(
+        f"sparsefx.calibrate: a typical step took {spread:.1f} times as long at times, and the "
+        f"paces that fit best are off by up to {100 * off:.0f}%: something else was running. "
+        "Nothing was written; calibrate again on an idle machine (or save what was returned)",
+        SparsefxWarning,
+        stacklevel=3,
+    )
+    return True
 
 
 # --- measuring

@@ -182,7 +182,8 @@ def small(monkeypatch):
     two = calibration.Layer(16, 8, 16), calibration.Layer(2, 4, 4, 6, 3)
     monkeypatch.setattr(calibration, "QUICK", two)
     monkeypatch.setattr(calibration, "_ASKED", calibration._ASKED[1:])
-    monkeypatch.setattr(calibration, "_DISTURBED", 1e9)
+    monkeypatch.setattr(calibration, "_MOST_SPREAD", 1e9)
+    monkeypatch.setattr(calibration, "_MOST_OFF", 1e9)
 
 
 def test_a_sweep_is_measured_fitted_and_found_again(small, tmp_path, monkeypatch):
@@ -202,9 +203,13 @@ def test_a_sweep_is_measured_fitted_and_found_again(small, tmp_path, monkeypatch
     assert cost.pace_of("mm", "cpu") == found.fits["mm", "float32"].pace
 
 
-def test_a_disturbed_measurement_is_told_of():
-    with pytest.warns(SparsefxWarning, match=r"took 2\.0 times as long at times"):
-        calibration._warn_if_disturbed(2.0)
+def test_a_disturbed_measurement_is_told_of_and_not_written():
+    assert not calibration._disturbed([1.1, 1.2, 9.0], made())
+    with pytest.warns(SparsefxWarning, match=r"took 2\.0 times as long .* off by up to 25%"):
+        assert calibration._disturbed([1.0, 2.0, 3.0], made())
+    off = made(measured=(replace(TIMES, predicted_us=200.0),))
+    with pytest.warns(SparsefxWarning, match="off by up to 150%.* Nothing was written"):
+        assert calibration._disturbed([1.0], off)
 
 
 @pytest.mark.parametrize("device", ["xpu", "cuda"])
