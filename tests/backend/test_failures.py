@@ -128,11 +128,13 @@ class Saboteur:
         def fails(node):
             plan = plan_of(node)
             asked = plan is None or not plan.decision.dense
+            # names of inserted nodes move to another layer's when one is given up
+            what = node.name if plan is None else f"{node.name} of {plan.site.layer}"
             if asked and not self.late:
-                self.visit(node.name)
+                self.visit(what)
             out = rule(node)
             if self.late and isinstance(out, torch.fx.Node):
-                self.visit(node.name)  # with half of the work done
+                self.visit(what)  # with half of the work done
             return out
 
         return fails
