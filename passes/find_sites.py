@@ -133,6 +133,13 @@ def _opaque(node: Node) -> str:
     if callers[-1][1] is torch.nn.functional.scaled_dot_product_attention:
         # where it is one operator no product shows, so what is sampled would depend on the device
         return "part of scaled_dot_product_attention, which other devices fuse"
+    side = _tensors(node)[1]
+    while side.target in _VIEWS:
+        side = arguments(side)[0]
+    if side.target is ops.nm_unpack:
+        return (
+            "its weight is packed, and keeps the pattern that it has; sparsefx.unpack undoes that"
+        )
     return ""
 
 

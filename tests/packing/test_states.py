@@ -164,6 +164,19 @@ def test_a_packed_model_compiles_as_one_graph(backend):
         torch.testing.assert_close(outputs(compiled), outputs(model), rtol=2e-2, atol=2e-2)
 
 
+def test_rules_leave_packed_layers_as_they_are():
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(32, 8))
+    x = torch.randn(2, 8, 6)
+    sfx.pack(model, "2:4")
+    with torch.no_grad():
+        report = sfx.explain(model, config="2:4-transposable")(x)
+        assert [(row.layer, row.decision) for row in report.sites] == [("0", None)]
+        assert "its weight is packed" in report.sites[0].reason
+        options = {"config": {"codegen": "aot_eager"}}
+        compiled = torch.compile(model, backend="sparsefx", options=options)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_a_compiled_model_follows_packing_and_unpacking():
     model = small()
     compiled = torch.compile(model, backend="aot_eager")
