@@ -10,6 +10,7 @@ turns in one process; values are checked before timing. "x best" is against the 
 import argparse
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -86,6 +87,15 @@ def size_of(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def in_rows(w: Tensor) -> Tensor:
+    """CSR with the indices that the library takes, without the warnings of a beta."""
+    with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(enable=False):
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        found = w.to_sparse_csr()
+        starts, columns = found.crow_indices().int(), found.col_indices().int()
+        return torch.sparse_csr_tensor(starts, columns, found.values(), found.shape)
+
+
 def contestants(case: Case, x: Tensor, w: Tensor, codegen: str) -> list[Contestant]:
     """Dense twice, packed, and CSR where torch multiplies its type."""
     values, codes = ops.nm_pack(w, case.n, case.m)
@@ -98,10 +108,7 @@ def contestants(case: Case, x: Tensor, w: Tensor, codegen: str) -> list[Contesta
         Contestant(PACKED, partial(ops.nm_packed_mm, *arguments), size_of(values, codes)),
     ]
     if w.dtype is torch.float32:  # others are multiplied without the library, many times slower
-        csr = kept.to_sparse_csr()
-        csr = torch.sparse_csr_tensor(
-            csr.crow_indices().int(), csr.col_indices().int(), csr.values(), csr.shape
-        )
+        csr = in_rows(kept)
         parts = size_of(csr.crow_indices(), csr.col_indices(), csr.values())
         found.append(Contestant("torch CSR", lambda: (csr @ x.t()).t(), parts))
     return found

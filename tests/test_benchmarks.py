@@ -296,3 +296,32 @@ def test_overheads_are_told(tmp_path, capsys):
     assert [row["graphs"] for row in rows if row["part"] == "recompiles"] == [1, 1]
     assert all(row["us"] > row["torch_us"] > 0 for row in rows if row["part"] == "host")
     assert "scattered_mm" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def packed() -> ModuleType:
+    return script("packed")
+
+
+def test_packed_products_are_compared_with_the_faster_dense_one(
+    packed, tmp_path, capsys, monkeypatch
+):
+    cases = [packed.Case(1, 24, 32, 2, 4), packed.Case(9, 8, 32, 1, 4, "bfloat16")]
+    monkeypatch.setattr(packed, "CASES", cases)
+    path = tmp_path / "packed.json"
+    packed.main(["--codegen", "aot_eager", "--rounds", "2", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    methods = ["dense, eager", "dense, torch.compile", "nm_packed_mm", "torch CSR"]
+    assert [row["method"] for row in rows] == [*methods, *methods[:3]]
+    assert [row["bytes"] for row in rows[::2]][:2] == [24 * 32 * 4, 24 * 16 * 4 + 24 * 4]
+    for dense in (rows[:2], rows[4:6]):
+        assert min(dense, key=lambda row: row["median"])["speedup"] == 1
+    assert "9x8x32 bfloat16 1:4" in capsys.readouterr().out
+
+
+def test_packed_products_that_differ_are_not_timed(packed, monkeypatch):
+    monkeypatch.setattr(packed.ops, "nm_packed_mm", lambda x, values, *_: x[:, :16] @ values.t())
+    monkeypatch.setattr(packed, "race", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(packed, "CASES", [packed.Case(1, 24, 32, 2, 4)])
+    with pytest.raises(SystemExit, match="nm_packed_mm, 1x24x32 float32 2:4: off by"):
+        packed.main(["--codegen", "aot_eager"])
