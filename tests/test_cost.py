@@ -166,8 +166,7 @@ def test_large_layers_are_worth_it_and_small_ones_say_what_they_would_take(monke
     assert cost.unprofitable(layer(1024, 2048, 2048), Sampled(0.3)) == ""
     monkeypatch.setitem(cost.PACES, ("mm", "cpu"), cost.Pace(5.0, 50.0, 0.05, 10.0))
     assert cost.unprofitable(layer(64, 32, 16), Sampled(0.3)) == (
-        "not profitable at 64 rows: never sparse at any number of rows "
-        "(all three products: 104 us sampled, 33.1 us dense on cpu)"
+        "not profitable at 64 rows: never sparse (all three: 104 us sampled, 33.1 us dense on cpu)"
     )
     assert cost.unprofitable(layer(64, 256, 256)[:1], Sampled(0.3)) == (
         "not profitable at 64 rows: sparse from 249 rows on "

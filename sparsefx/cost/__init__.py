@@ -1,10 +1,11 @@
 """What a product costs in operations, bytes and time, and whether sparse is worth it."""
 
 from sparsefx.cost.breakeven import BreakEven, break_even
-from sparsefx.cost.calibrated import Calibration, Measured, digest, pace_of, table
+from sparsefx.cost.calibrated import digest, pace_of, table
 from sparsefx.cost.choice import predicted, predicted_dense, told, unprofitable
 from sparsefx.cost.expressions import Expressions, expressions
 from sparsefx.cost.fitting import Fit, Sample, fit
+from sparsefx.cost.measured import Calibration, Measured
 from sparsefx.cost.paces import MARGIN, PACES, Pace
 from sparsefx.cost.products import (
     dense_flops,

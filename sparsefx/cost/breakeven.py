@@ -43,7 +43,7 @@ class BreakEven:
     def __str__(self) -> str:
         """Say from where on, or never."""
         if self.start is None:
-            return f"never sparse at any {'batch' if self.unit == 'batch' else 'number of rows'}"
+            return "never sparse"
         return f"sparse from {self._of(self.start)} on"
 
     def _of(self, size: int) -> str:

@@ -111,7 +111,7 @@ def _slower(sites: Sequence[Site], sparse: float, how: str) -> str:
 
 
 def _products(sites: Sequence[Site]) -> str:
-    return "all three products" if len(sites) == 3 else " + ".join(site.role for site in sites)
+    return "all three" if len(sites) == 3 else " + ".join(site.role for site in sites)
 
 
 def told(microseconds: float) -> str:
