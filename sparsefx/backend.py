@@ -191,7 +191,7 @@ def _sources() -> str:
     folders = [root, root / "passes", root / "kernels"]  # rglob doesn't follow links
     files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     for path in sorted(files):
-        if path.suffix in (".py", ".cpp", ".cu"):
+        if path.suffix in (".py", ".cpp", ".h", ".cu"):
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
 
