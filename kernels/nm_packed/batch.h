@@ -5,7 +5,7 @@ constexpr int WIDTH = 64;         // rows of x
 constexpr int LINE = 16;          // float in 64 bytes
 constexpr int PANEL_KEPT = 64;    // values of a row between two times that its sums go to memory
 constexpr Size CHUNK = 1 << 16;   // values of rows that use a panel in turns
-constexpr Size LEAST_ROWS = 16, MOST_ROWS = 256;
+constexpr Size LEAST_ROWS = 16, MOST_ROWS = 256;  // of the weight
 
 #ifdef AVX512
 typedef float Vector __attribute__((vector_size(64)));
@@ -74,7 +74,8 @@ void lay_back(const float* sums, Size count, Size rows, const Value* bias, Value
 
 // The columns that the values of a row meet, counted from where their panel starts.
 template <typename Value>
-void read(const Packed<Value>& w, Size row, const std::vector<int32_t>& groups, Size panel, uint16_t* columns) {
+void read(const Packed<Value>& w, Size row, const std::vector<int32_t>& groups, Size panel,
+          uint16_t* columns) {
   typedef uint16_t Columns __attribute__((vector_size(16)));
   const uint8_t* codes = w.codes + row * w.bytes;
   for (Size from = 0; from < w.kept; from += panel)
@@ -116,10 +117,11 @@ struct Batch {
   const std::vector<int32_t> groups = w.groups();
 
   // sums[r, i] for the rows of a chunk and one tile of x
-  void multiply(Size rows, const float* laid, const uint16_t* columns, const float* values, Size count,
-                float* sums) const {
+  void multiply(Size rows, const float* laid, const uint16_t* columns, const float* values,
+                Size count, float* sums) const {
     std::memset(sums, 0, rows * WIDTH * sizeof(float));
-    constexpr decltype(&add_lines<1>) ways[] = {add_lines<1>, add_lines<2>, add_lines<3>, add_lines<4>};
+    constexpr decltype(&add_lines<1>) ways[] = {add_lines<1>, add_lines<2>, add_lines<3>,
+                                                add_lines<4>};
     const auto add = ways[(count - 1) / LINE];
     for (Size from = 0; from < w.kept; from += panel) {
       const float* lines = laid + groups[from] * WIDTH;
@@ -153,7 +155,8 @@ struct Batch {
         const float* values = in_float(w.values + first * w.kept, rows * w.kept, floats.data());
         for (Size t = 0; t < tiles; ++t) {
           multiply(rows, laid + t * depth * WIDTH, columns.data(), values, height(t), sums);
-          lay_back(sums, height(t), rows, bias ? bias + first : bias, out + t * WIDTH * w.rows + first, w.rows);
+          lay_back(sums, height(t), rows, bias ? bias + first : bias,
+                   out + t * WIDTH * w.rows + first, w.rows);
         }
       }
     }

@@ -166,11 +166,14 @@ void dots(const Way& way, const Packed<typename Way::Value>& w, Size row, const 
   const Size codes_of = LANES / 8 * w.bits;  // bytes
   Size j = 0, c = 0;
   for (; j + LANES <= w.kept; j += LANES, c += codes_of) {
-#ifdef __GNUC__
+    // beyond the end of a row come the next ROWS rows, not the one below, which is being read
+    Size ahead = j + AHEAD / static_cast<Size>(sizeof(Value));
+    ahead += ahead < w.kept ? 0 : (ROWS - 1) * w.kept;
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-      __builtin_prefetch(reinterpret_cast<const char*>(values[r] + j) + AHEAD);
-#endif
+    for (int r = 0; r < ROWS; ++r) {
+      __builtin_prefetch(values[r] + ahead);
+      __builtin_prefetch(codes[r] + c + ROWS * w.bytes);
+    }
     step(values, codes, j, c, j);
   }
   if (j < w.kept) {

@@ -38,7 +38,7 @@ using Size = int64_t;
 using Bfloat16 = uint16_t;  // the upper half of a float
 
 constexpr int ROWS = 4;      // rows of the weight that share what is loaded of x
-constexpr int AHEAD = 1024;  // bytes that are asked for before they are needed
+constexpr int AHEAD = 4096;  // bytes that are asked for before they are needed
 
 template <typename Value>
 struct Packed {
