@@ -18,14 +18,17 @@ def report(*rules, **changes):
 
 def test_a_table_of_times(monkeypatch):
     monkeypatch.setitem(cost.PACES, ("mm", "cpu"), cost.Pace(5.0, 50.0, 0.05, 10.0))
-    assert_text(report(Rule("0", Sampled(0.25)), Rule("2", NM(2, 4))).times(), """\
+    assert_text(
+        report(Rule("0", Sampled(0.25)), Rule("2", NM(2, 4))).times(),
+        """\
 layer  role         runs as          dense  expected
 0      forward      gathered GEMM  1.54 ms    801 us  1.92x
 0      grad_input   gathered GEMM  1.54 ms    572 us  2.69x
 0      grad_weight  gathered GEMM  1.54 ms    474 us  3.24x
 2      forward      masked dense    247 us    263 us  0.94x
 2      grad_input   masked dense    247 us    263 us  0.94x
-2      grad_weight  dense           247 us    247 us  1.00x""")
+2      grad_weight  dense           247 us    247 us  1.00x""",
+    )
 
 
 def test_times_of_products_add_up_to_what_decides():
