@@ -148,7 +148,7 @@ def test_train_gpt_goes_on_where_it_stopped(root: Path, tmp_path: Path):
     assert [[step for step, _ in curve] for curve in straight.values()] == [[0, 2, 4]] * 2
     assert straight["dense"][-1] != straight["2:4-sampled"][-1]
     assert (tmp_path / "stopped" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "a run of 4 steps is not judged" in said
+    assert "Not judged: that takes the runs dense and 4:8-transposable" in said
 
     other = start(root, *tiny, "--steps", "4", "--batch", "4", "--out", str(tmp_path / "stopped"))
     assert other.returncode == 1

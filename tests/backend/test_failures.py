@@ -216,7 +216,7 @@ def test_a_site_that_fails_is_dense_and_the_rest_sparse(monkeypatch, joint, valu
     sites = list(dict.fromkeys(saboteur.seen))
     assert sites
     expected = {}
-    for site in sites[:: 4 if late else 2 if name == "inline_references" else 1]:
+    for site in sites[:: 4 if late or name == "inline_references" else 1]:
         saboteur.target = site
         gm, outcome, caught = rewritten(joint)
         saboteur.target = None
@@ -340,7 +340,7 @@ def test_a_users_pass_runs_and_a_failing_one_beside_it_does_not(joint, values):
 
 def failing_rule(monkeypatch):
     saboteur = Saboteur(monkeypatch, "rewrite_nm")
-    saboteur.target = "addmm"  # the first layer's forward
+    saboteur.target = "addmm of first"
     return saboteur
 
 
