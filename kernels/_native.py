@@ -40,12 +40,14 @@ def library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL
 
 
 def self_contained(source: Path) -> str:
-    """The C++ with the headers of its folder in the places where it includes them."""
+    """The C++ with headers of ours in the places where it includes them, by relative path."""
 
     def header(include: re.Match[str]) -> str:
-        return source.with_name(include[1]).read_text(encoding="utf-8")
+        return (source.parent / include[1]).read_text(encoding="utf-8")
 
-    return re.sub(r'^#include "(\w+\.h)"$', header, source.read_text(encoding="utf-8"), flags=re.M)
+    return re.sub(
+        r'^#include "([./\w]+\.h)"$', header, source.read_text(encoding="utf-8"), flags=re.M
+    )
 
 
 def threads(elements: int) -> int:

@@ -1,24 +1,12 @@
 // Products with packed N:M weights, and the weights unpacked.
 
+#include "../memory.h"
 #include "packed.h"
 
 namespace {
 
 #include "few.h"
 #include "batch.h"
-
-// A fresh 64 MiB costs 16384 page faults, which take longer than filling it; huge pages cost 32.
-void expect_pages(void* memory, Size bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = 4096, LARGE = 4 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) & ~(PAGE - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(PAGE - 1);
-  if (last >= first + LARGE)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
-#else
-  (void)memory, (void)bytes;
-#endif
-}
 
 // to[r, K]: zeros, and each value in its place
 template <typename Item>

@@ -7,10 +7,6 @@
 #include <memory>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 // Vectors as the machine has them; tests ask for fewer lanes.
 #ifndef SPARSEFX_LANES
 #define SPARSEFX_LANES 16
@@ -24,12 +20,6 @@
 #define AVX512_BF16
 #endif
 #endif
-#endif
-
-#ifdef _WIN32
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C"
 #endif
 
 namespace {
