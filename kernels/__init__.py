@@ -36,6 +36,21 @@ class Row(NamedTuple):
 TABLE = (
     Row("nm_mm", "CUDA", "sparsefx.kernels.nm_mm.triton:nm_mm", "triton", "triton nm_mm"),
     Row(
+        "nm_mm_act",
+        "CUDA",
+        "sparsefx.kernels.nm_mm.triton:nm_mm_act",
+        "triton",
+        "triton nm_mm_act",
+    ),
+    Row("nm_bmm", "CUDA", "sparsefx.kernels.nm_mm.triton:nm_bmm", "triton", "triton nm_bmm"),
+    Row(
+        "masked_mm",
+        "CUDA",
+        "sparsefx.kernels.masked_mm.triton:masked_mm",
+        "triton",
+        "triton masked_mm",
+    ),
+    Row(
         "sampled_mm",
         "CUDA",
         "sparsefx.kernels.sampled_mm.triton:sampled_mm",

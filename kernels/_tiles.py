@@ -102,3 +102,30 @@ def _copies_cost_more(
     dense = 2 * rows * cols * depth / RATE[itemsize]
     copies = launches * LAUNCH + 2 * (rows + cols) * depth * itemsize / BANDWIDTH
     return dense / share[itemsize] <= dense + copies
+
+
+def shared_chip(device: torch.device, batch: int = 1) -> Chip:
+    """The share of a chip that each product of a batch has."""
+    whole = chip(device)
+    return Chip(whole.shared, ceil(whole.processors / max(batch, 1)))
+
+
+SKIP_SHARE = 0.25  # assumed: what a list of occupied tiles may take of the product that it shortens
+
+
+def stored_mask_in_gemm(rows: int, cols: int, depth: int, itemsize: int) -> bool:
+    """Apply a stored mask inside the GEMM (True), or write a masked copy for the library's GEMM.
+
+    How much the mask keeps isn't known on the host: every tile counts as occupied.
+    """
+    dense = 2 * rows * cols * depth / RATE[itemsize]
+    traffic = (rows * depth + depth * cols + rows * cols) * itemsize
+    inside = max(dense / MASK_SHARE[itemsize], (traffic + depth * cols) / BANDWIDTH)
+    copy = LAUNCH + depth * cols * (2 * itemsize + 1) / BANDWIDTH  # the mask: a byte a weight
+    return inside <= max(dense, traffic / BANDWIDTH) + copy
+
+
+def empty_tiles_skipped(rows: int, cols: int, depth: int, itemsize: int) -> bool:
+    """List the tiles that a stored mask occupies (two launches, one pass over it), or take all."""
+    table = 2 * LAUNCH + depth * cols / BANDWIDTH
+    return table <= SKIP_SHARE * 2 * rows * cols * depth / RATE[itemsize]

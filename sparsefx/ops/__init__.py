@@ -4,6 +4,8 @@ Importing this package registers the ops in the namespace ``sparsefx`` of the to
 """
 
 from sparsefx.ops._define import NAMESPACE, REFERENCES, has_kernel, is_sparse_op, traceable
+from sparsefx.ops.activated import nm_mm_act
+from sparsefx.ops.batched import nm_bmm
 from sparsefx.ops.dense import conv_grad_input, conv_grad_weight
 from sparsefx.ops.draws import (
     bernoulli_indices,
@@ -68,10 +70,12 @@ __all__ = [
     "masked_mm",
     "mass_indices",
     "mm_scores",
+    "nm_bmm",
     "nm_conv",
     "nm_conv_grad_input",
     "nm_mask",
     "nm_mm",
+    "nm_mm_act",
     "nm_pack",
     "nm_packed_mm",
     "nm_unpack",

@@ -195,13 +195,19 @@ def _setup_nm_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_nm_mm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, w = ctx.saved_tensors
-    need_x, need_w, need_bias, *_ = ctx.needs_input_grad
-    mask = nm_mask(w, *ctx.pattern)  # of w, never of w.t(): ties may fall otherwise there
+    return *product_gradients(x, w, ctx.pattern, grad, ctx.needs_input_grad), *[None] * 4
+
+
+def product_gradients(
+    x: Tensor, w: Tensor, pattern: Sequence[Any], grad: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return nm_mm's gradients by x [M, K], w [K, N] and bias [N], as far as they are needed."""
+    need_x, need_w, need_bias, *_ = needs
+    mask = nm_mask(w, *pattern)  # of w, never of w.t(): ties may fall otherwise there
     return (
         masked_mm(grad, w.t(), mask.t(), None) if need_x else None,
         keep(x.t() @ grad, mask) if need_w else None,
         grad.sum(0) if need_bias else None,
-        *[None] * 4,
     )
 
 

@@ -14,10 +14,13 @@ import pytest
 
 CAPABILITIES = {80: "mma.sync", 90: "wgmma"}  # and their tensor-core instruction
 SIZES = {"rows", "cols", "depth"}
+POINTERS = {"index": "*i64", "mask": "*u8", "order": "*i32", "counts": "*i32"}  # of no element
 CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3 product
     "nm_mm-2:4": ("nm_mm", "_nm_mm_kernel", "bf16", "sxk swk sb syj", (2, 4, 0)),
     "nm_mm-16:32": ("nm_mm", "_nm_mm_kernel", "fp32", "sxk swj sb syj", (16, 32, 1)),
     "nm_mm-4:6": ("nm_mm", "_nm_mm_kernel", "fp16", "sxk swk sb syj", (4, 6, 0)),
+    "nm_mm-gelu": ("nm_mm", "_nm_mm_kernel", "fp16", "sxk swk sb syj", (2, 4, 0, "gelu")),
+    "stored-mask": ("masked_mm", "_masked_mm_kernel", "bf16", "sxk swk smk sb syj", None),
     "masked-2:4": ("nm_mm", "_masked_weight_kernel", "bf16", "swk syk", (2, 4, 0)),
     "sampled": ("sampled_mm", "_sampled_mm_kernel", "bf16", "sxk swk st sb syj", None),
     "gather-scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sak sbk st syj", True),
@@ -66,9 +69,10 @@ def compile_for(case: str, capability: int) -> tuple[int, list[str]]:
     options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
     values = tile | dict.fromkeys(ones.split(), 1)
     if module == "nm_mm":
-        n, m, dim = constants
+        n, m, dim, *activation = constants
         values |= {"N": n, "M": m, "MP": _tiles.power_of_2(m), "DIM": dim}
-    else:
+        values["ACT"] = activation[0] if activation else "none"
+    elif constants is not None:
         values["GATHER"] = constants
     values = {key: value for key, value in values.items() if key in kernel.arg_names}
 
@@ -77,7 +81,7 @@ def compile_for(case: str, capability: int) -> tuple[int, list[str]]:
             return "constexpr"
         if argument in SIZES or argument.startswith("s"):
             return "i32"
-        return "*i64" if argument == "index" else f"*{element}"
+        return POINTERS.get(argument, f"*{element}")
 
     place = kernel.arg_names.index
     source = ASTSource(

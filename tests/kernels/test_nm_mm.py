@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sparsefx import ops
-from sparsefx.errors import MaskError
+from sparsefx.errors import ConfigError, MaskError
 from sparsefx.kernels.nm_mm import triton as nm
+from sparsefx.ops.activated import activation_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WAYS = {"fused": nm.fused, "copied": nm.copied}
@@ -29,6 +30,14 @@ def operands(rows, depth, cols, dtype, device):
     x = torch.randn(rows, depth, dtype=dtype, device=device)
     w = torch.randn(depth, cols, dtype=dtype, device=device)
     return x, w, torch.randn(cols, dtype=dtype, device=device)
+
+
+ACTIVATIONS = {  # of float64, by formulas
+    "relu": lambda z: z.clamp(min=0),
+    "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2,
+    "gelu_tanh": lambda z: z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))) / 2,
+    "silu": lambda z: z * torch.sigmoid(z),
+}
 
 
 def hidden(t):
@@ -184,3 +193,125 @@ def test_launcher_says_what_is_wrong(device):
         nm.nm_mm(x, w, None, 4, 4, 1, False)
     with pytest.raises(ValueError, match=r"x \[6, 5\] @ w \[6, 8\]: K differs"):
         nm.fused(x.T, w, None, 2, 4, 1)
+    with pytest.raises(ValueError, match=r"x \[2, 8, 8\] @ w \[3, 8, 8\]: the batch differs"):
+        nm.fused(torch.ones(2, 8, 8), torch.ones(3, 8, 8), None, 2, 4, 0)
+
+
+# --- with an activation
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_activation_of_the_sums_is_rounded_once(name, dtype, device):
+    """The slope of all four is below 1.13, so sums' errors grow by no more than that."""
+    x, w, bias = operands(9, 20, 23, dtype, device)
+    kept = masked(w, 2, 4, 0).double()
+    sums = x.double() @ kept + bias.double()
+    twin = ACTIVATIONS[name](sums)
+    size = x.double().abs() @ kept.abs() + bias.double().abs()
+    bound = 1.13 * 22 * torch.finfo(torch.float32).eps * size + 1e-6 * sums.abs() + 1e-7
+    bound = bound + torch.finfo(dtype).eps * twin.abs()  # the interpreter cuts bfloat16 off
+    got = nm.fused(x, w, bias, 2, 4, 0, name)
+    assert got.dtype == dtype
+    assert ((got.double() - twin).abs() <= bound).all()
+
+
+# numpy, under the interpreter, remarks on the overflows that this test is about
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_at_its_ends(name, device):
+    """What the formula says of infinities, NaN, and sums whose cube or exponential overflows."""
+    inf, nan = float("inf"), float("nan")
+    sums = torch.tensor([[0.0, 1e-30, -1e-30, 100, -100, 1e20, -1e20, inf, -inf, nan]])
+    x, w = torch.zeros(1, 2, device=device), torch.ones(2, 10, device=device)
+    got = nm.fused(x, w, sums[0].to(device), 1, 2, 0, name)
+    twin = ACTIVATIONS[name](sums.double()).float()
+    torch.testing.assert_close(got.cpu(), twin, equal_nan=True)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_launcher_agrees_with_the_op(inside, name, monkeypatch, device):
+    monkeypatch.setattr(nm._tiles, "mask_in_gemm", lambda *shape: inside)
+    x, w, bias = operands(5, 16, 8, torch.float32, device)
+    for pattern in [(2, 4, 0, False), (2, 4, 1, True)]:
+        y = nm.nm_mm_act(x, w, bias, *pattern, name)
+        torch.testing.assert_close(y, ops.REFERENCES[ops.nm_mm_act](x, w, bias, *pattern, name))
+    wide = nm.nm_mm_act(x.double(), w.double(), None, 2, 4, 0, False, name)
+    torch.testing.assert_close(wide, activation_of(name)(x.double() @ masked(w, 2, 4, 0).double()))
+
+
+def test_activation_launcher_says_what_is_wrong(device):
+    x, w, _ = operands(5, 6, 8, torch.float32, device)
+    with pytest.raises(MaskError, match=r"2:4 along dim 0 of \[6, 8\]"):
+        nm.nm_mm_act(x, w, None, 2, 4, 0, False, "relu")
+    with pytest.raises(ConfigError, match="activation='tanh': use one of 'relu', 'gelu', "):
+        nm.nm_mm_act(x, w, None, 1, 2, 0, False, "tanh")
+
+
+# --- a batch
+
+
+def batch_of(b, rows, depth, cols, dtype, device):
+    x = torch.randn(b, rows, depth, dtype=dtype, device=device)
+    return x, torch.randn(b, depth, cols, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (2, 3)])
+def test_batched_forward_and_its_grad_input(way, dtype, n, m, device, assert_as_good_as_eager):
+    x, w = batch_of(3, 5, 4 * m, 7, dtype, device)
+    w = w.mT.contiguous().mT  # experts' weights [B, out, in], transposed
+    kept = torch.stack([masked(one, n, m, 0) for one in w])
+    grad = torch.randn(3, 5, 7, dtype=dtype, device=device)
+    y, g = WAYS[way](x, w, None, n, m, 0), WAYS[way](grad, w.mT, None, n, m, 1)
+    for i in range(3):
+        assert_as_good_as_eager(y[i], x[i], kept[i])
+        assert_as_good_as_eager(g[i], grad[i], kept[i].T)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batched_strides(way, device, assert_as_good_as_eager):
+    x, w = batch_of(2, 9, 12, 8, torch.float32, device)
+    spread = torch.stack([hidden(one) for one in w]).as_strided(w.shape, w.stride())
+    every = torch.full((4, 19, 25), float("nan"), device=device)
+    view = every[1::2, 1::2, 1::2].copy_(x)
+    same = w[:1].expand(2, -1, -1)  # one weight for both
+    for one, other in [(view, spread), (x, same)]:
+        y = WAYS[way](one, other, None, 2, 4, 1)
+        for i in range(2):
+            assert_as_good_as_eager(y[i], x[i], masked(other[i], 2, 4, 1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(0, 3, 8, 4), (2, 0, 8, 4), (2, 3, 0, 4), (2, 3, 8, 0)])
+def test_batched_empty(way, shape, device):
+    x, w = batch_of(*shape, torch.float32, device)
+    assert torch.equal(WAYS[way](x, w, None, 2, 4, 0), torch.zeros_like(x @ w))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_batched_launcher_agrees_with_the_op(inside, dim, monkeypatch, device):
+    monkeypatch.setattr(nm._tiles, "mask_in_gemm", lambda *shape: inside)
+    x, w = batch_of(3, 5, 16, 8, torch.float32, device)
+    for operands, transposable in [
+        ((x, w), False),
+        ((x, w), True),
+        ((x.double(), w.double()), False),
+    ]:
+        got = nm.nm_bmm(*operands, 2, 4, dim, transposable)
+        expected = ops.REFERENCES[ops.nm_bmm](*operands, 2, 4, dim, transposable)
+        torch.testing.assert_close(got, expected)
+
+
+def test_batched_launcher_leaves_what_no_grid_holds(monkeypatch, device):
+    x, w = batch_of(nm.GRID + 1, 1, 2, 1, torch.float32, device)
+    monkeypatch.setattr(nm, "fused", None)  # a call would raise
+    monkeypatch.setattr(nm, "copied", None)
+    y = nm.nm_bmm(x, w, 1, 2, 1, False)
+    torch.testing.assert_close(y[-1], x[-1] @ masked(w[-1], 1, 2, 0))
+    with pytest.raises(MaskError, match=r"2:4 along dim 1 of \[65536, 2, 1\]"):
+        nm.nm_bmm(x, w, 2, 4, 1, False)

@@ -64,6 +64,7 @@ def matrix_calls(dtype, layout):
         square = laid_out((k, 12), dtype, layout)
         for b in (None, bias):
             yield name, ops.nm_mm, (x, w, b, 2, 4, 0, False)
+            yield name, ops.nm_mm_act, (x, w, b, 2, 4, 0, False, "relu" if b is None else "silu")
             yield name, ops.masked_mm, (x, w, mask, b)
             for pairs in variants(indices, dtype):
                 yield name, ops.sampled_mm, (x, w, indices, b, *pairs)
@@ -133,6 +134,10 @@ def batched_calls(dtype, layout):
                 yield name, ops.sampled_bmm_grad_weight, (xs, grad, drawn, k, rest)
                 xs = ops.gather_rows(x, tokens, None, rest)
                 yield name, ops.sampled_bmm_weight, (xs, grad, tokens, rest)
+        if k % 4 == 0:
+            yield name, ops.nm_bmm, (x, w, 2, 4, 1, False)
+        if n % 4 == 0:
+            yield name, ops.nm_bmm, (x, w, 2, 4, 2, n == k == 4)
         yield name, ops.topk_mm_indices, (x, w, few, "product")
         for shared in (False, True):
             yield name, ops.mm_scores, (x, w, "product", True, shared)
@@ -201,7 +206,7 @@ def differentiable(op, args):
 
 
 GRADIENTS = {
-    ops.nm_mm, ops.masked_mm, ops.nm_conv, ops.masked_conv,
+    ops.nm_mm, ops.nm_mm_act, ops.nm_bmm, ops.masked_mm, ops.nm_conv, ops.masked_conv,
     ops.sampled_mm, ops.sampled_bmm, ops.sampled_conv,
 }  # fmt: skip
 

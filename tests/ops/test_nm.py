@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsefx import ops
+from sparsefx.errors import ConfigError
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 WHERE = {  # x, w, (stride, padding, dilation, groups)
@@ -176,6 +177,47 @@ def test_masked_mm(dtype):
     mask = torch.rand(7, 3) < 0.5
     found = ours(lambda x, w, b: ops.masked_mm(x, w, mask, b), x, w, bias, grad)
     assert_same(found, twin(lambda x, w, b: x @ w + b, mask, x, w, bias, grad), dtype)
+
+
+ACTIVATIONS = {  # by formulas
+    "relu": lambda z: z.clamp(min=0),
+    "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2,
+    "gelu_tanh": lambda z: z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))) / 2,
+    "silu": lambda z: z * torch.sigmoid(z),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("pattern", [(2, 4, 0, False), (2, 4, 0, True)])
+def test_nm_mm_act(pattern, name):
+    sizes = (5, 12), (12, 8), (8,), (5, 8)
+    x, w, bias, grad = (torch.randn(size, dtype=torch.float64) for size in sizes)
+    found = ours(lambda x, w, b: ops.nm_mm_act(x, w, b, *pattern, name), x, w, bias, grad)
+    mask = expected_mask(w, *pattern)
+    act = ACTIVATIONS[name]
+    assert_same(found, twin(lambda x, w, b: act(x @ w + b), mask, x, w, bias, grad))
+    plain = ops.nm_mm_act(x, w, None, *pattern, name)
+    torch.testing.assert_close(plain, act(x @ (w * mask)))
+
+
+def test_an_activation_that_is_none_of_ours():
+    x, w = torch.ones(1, 4), torch.ones(4, 1)
+    with pytest.raises(ConfigError, match="activation='tanh': use one of 'relu', 'gelu', "):
+        ops.nm_mm_act(x, w, None, 2, 4, 0, False, "tanh")
+
+
+@pytest.mark.parametrize("pattern", [(2, 4, 1, False), (1, 3, 2, False), (2, 4, 1, True)])
+def test_nm_bmm(pattern):
+    n, m, dim, transposable = pattern
+    x, w = torch.randn(3, 5, 12).double(), torch.randn(3, 12, 12).double()
+    w = w if transposable else w.round(decimals=1)  # with ties, of which tiles may take others
+    mask = torch.stack([expected_mask(one, n, m, dim - 1, transposable) for one in w])
+    x, w = x.requires_grad_(), w.requires_grad_()
+    y, expected = ops.nm_bmm(x, w, *pattern), x @ torch.where(mask, w, 0.0)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, w), grad)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (x, w), grad))
 
 
 def test_no_bias():
