@@ -9,6 +9,7 @@ if __name__ != "sparsefx.passes":
 from sparsefx.passes.canonicalize import canonicalize
 from sparsefx.passes.cleanup import cleanup
 from sparsefx.passes.find_sites import find_sites
+from sparsefx.passes.fuse_epilogues import fuse_epilogues
 from sparsefx.passes.inline_references import inline_references
 from sparsefx.passes.pack_frozen import pack_frozen
 from sparsefx.passes.recognize_masks import recognize_masks
@@ -23,6 +24,7 @@ __all__ = [
     "canonicalize",
     "cleanup",
     "find_sites",
+    "fuse_epilogues",
     "inline_references",
     "pack_frozen",
     "recognize_masks",

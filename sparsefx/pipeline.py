@@ -85,6 +85,7 @@ def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[t
         *((getattr(function, "__name__", "pass"), function) for function in own),
         ("cleanup", passes.cleanup),
         ("sum_rows", partial(passes.sum_rows, excluded=known.nodes)),
+        ("fuse_epilogues", passes.fuse_epilogues),
         ("inline_references", passes.inline_references),
     ]
 

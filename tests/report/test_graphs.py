@@ -13,7 +13,7 @@ EAGER = {"codegen": "aot_eager", "keep_output_dense": False}
 PASSES = [
     "captured", "canonicalize", "find_sites", "recognize_masks", "select_sites", "rewrite_nm",
     "rewrite_masked", "rewrite_sampled", "pack_frozen", "share_masks", "cleanup", "sum_rows",
-    "inline_references",
+    "fuse_epilogues", "inline_references",
 ]  # fmt: skip
 
 
