@@ -190,7 +190,7 @@ def _forward_site(node: Node, group: int, graph: _Graph) -> Site:
     assert kind is not None, node.format_node()
     sides = [side for side in (left, right) if side not in graph.activations]
     weight = "both" if len(sides) == 2 else None
-    if len(sides) == 1 and kind != "bmm":
+    if len(sides) == 1:
         weight = "right" if sides[0] is right else "left"
     found = naming.weight_of(sides[0]) if len(sides) == 1 else None
     shape, channels = _shape(node, kind)

@@ -2,6 +2,8 @@
 
     mm(x, w) | addmm(b, x, w)         ->  nm_mm(x, w, b, n, m, 0)       groups along K
     mm(g, w.T), its grad_input        ->  nm_mm(g, w.T, None, n, m, 1)  the same groups, along N
+    bmm(x, w), weights in a batch     ->  nm_bmm(x, w, n, m, 1)           groups along K
+    bmm(g, w.mT), its grad_input      ->  nm_bmm(g, w.mT, n, m, 2)
     convolution, conv_grad_input      ->  nm_conv, nm_conv_grad_input
     any of these, transposable        ->  masked_*(..., nm_mask(w, n, m, ...)): one mask for both
     a weight's gradient dw            ->  where(mask, dw, 0)                 weight_grad="masked"
@@ -51,6 +53,7 @@ def rewrite_nm(gm: GraphModule) -> PassResult:
         {
             aten.mm.default: _mm,
             aten.addmm.default: _mm,
+            aten.bmm.default: _bmm,
             aten.convolution.default: _convolution,
             ops.conv_grad_input: _conv_grad_input,
         },
@@ -85,6 +88,19 @@ def _mm(mm: Node) -> Node | Skip | None:
     else:
         out = emit(mm, ops.nm_mm, x, w, bias, nm.n, nm.m, dim, False)
     return in_node_orientation(mm, out, plan)
+
+
+def _bmm(bmm: Node) -> Node | Skip | None:
+    found = _planned(bmm)
+    if found is None or isinstance(found, Skip):
+        return found
+    plan, nm = found
+    x, w = arguments(bmm)
+    if plan.flipped:
+        x, w = flip(bmm, w), flip(bmm, x)
+    dim = 2 if plan.decision is not None and plan.decision.derived else 1
+    out = emit(bmm, ops.nm_bmm, x, w, nm.n, nm.m, dim, False)
+    return in_node_orientation(bmm, out, plan)
 
 
 def _mask(anchor: Node, w: Node, nm: NM, dim: int) -> Node:
@@ -151,9 +167,9 @@ def _wrap(node: Node, plan: Plan, nm: NM, forward: Node, decayed: set[Node]) -> 
     w = arguments(forward)[2 if forward.target is aten.addmm.default else 1]
     assert isinstance(w, Node)
     operand, flipped = (w, False) if conv else peel(w)
-    dim = 1 if conv or flipped else 0  # of the stored weight
+    dim = 1 if conv else value(operand).dim() - 2 + flipped  # of the stored weight
     param, last, turned = operand, node, plan.flipped
-    while param.target in CASTS and isinstance(param.args[0], Node):
+    while param.target in CASTS or _views_nothing(param):
         param = arguments(param)[0]
     while (following := _only_view_or_cast(last)) is not None:
         last, turned = following, turned != (following.target is aten.permute.default)
@@ -171,11 +187,22 @@ def _wrap(node: Node, plan: Plan, nm: NM, forward: Node, decayed: set[Node]) -> 
 def _only_view_or_cast(node: Node) -> Node | None:
     """The one user of a gradient, if it only transposes or casts it."""
     users = list(node.users)
-    if len(users) != 1 or users[0].target not in CASTS | {aten.permute.default}:
+    if len(users) != 1:
+        return None
+    if _views_nothing(users[0]):
+        return users[0]
+    if users[0].target not in CASTS | {aten.permute.default}:
         return None
     if users[0].target is aten.permute.default and peel(users[0])[0] is users[0]:
         return None  # some other permutation
     return users[0]
+
+
+def _views_nothing(node: Node) -> bool:
+    """Whether a view has the shape of what it views, as matmul leaves them around a bmm."""
+    if node.target not in (aten.view.default, aten.expand.default):
+        return False
+    return tuple(value(node).shape) == tuple(value(arguments(node)[0]).shape)
 
 
 def _epilogue(
@@ -189,8 +216,10 @@ def _epilogue(
     add: Callable[..., Node],
 ) -> Node:
     mask = add(ops.nm_mask, operand, nm.n, nm.m, dim, nm.transposable)
-    mask = mask if upright else add(aten.permute.default, mask, [1, 0])
-    stored = param if upright else add(aten.permute.default, param, [1, 0])
+    rank = value(grad).dim()
+    turn = [*range(rank - 2), rank - 1, rank - 2]
+    mask = mask if upright else add(aten.permute.default, mask, turn)
+    stored = param if upright else add(aten.permute.default, param, turn)
     zero = add(aten.full.default, [], 0.0, dtype=value(grad).dtype, device=value(grad).device)
     out = grad
     if nm.weight_grad == "masked":

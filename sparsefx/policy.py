@@ -216,12 +216,14 @@ def _with_decay(own: Decision, base: Pattern, site: Site) -> Decision:
 
 def nm_illegal(site: Site, pattern: NM) -> str:
     """Why this product can't have an N:M weight, or ""."""
-    if site.kind == "bmm" or site.weight is None:
+    if site.weight is None:
         return "both operands are activations: N:M needs a weight"
     if site.weight == "both":
         return "both operands are weights"
     if site.weight == "left":
         return "the weight is the left operand of the product"
+    if site.kind == "bmm" and pattern.transposable:
+        return "a batch of weights has no transposable masks, only row-wise ones"
     _, width, depth = site.shape
     names = ("K", "N")
     if site.channels is not None:

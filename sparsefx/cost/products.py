@@ -55,7 +55,8 @@ def packed_weight_bytes(site: Site, pattern: Pattern) -> Amount:
 
 def packed_bytes(site: Site, of: Terms) -> Amount:
     """What :func:`packed_weight_bytes` returns, of a pattern's numbers or symbols."""
-    count, each = number(site.shape[1]) * number(site.shape[2]), BYTES.get(site.dtype, 4)
+    batch, _, width, depth = map(number, (site.batch, *site.shape))
+    count, each = batch * width * depth, BYTES.get(site.dtype, 4)
     if isinstance(of.pattern, Masked) and of.ratio is not None:
         return scaled(of.ratio, count * each) + count // 8
     if not isinstance(of.pattern, NM):

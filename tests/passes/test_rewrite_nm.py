@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from sparsefx import masks
+from sparsefx import masks, ops
 from sparsefx.config import NM, Dense, Rule, Sampled, SparseConfig
-from sparsefx.passes import canonicalize, find_sites, rewrite_nm, select_sites
+from sparsefx.passes import canonicalize, find_sites, inline_references, rewrite_nm, select_sites
 from sparsefx.rewriting import plan_of
 from sparsefx.testing import capture, run_pass, traced
 
@@ -186,6 +186,47 @@ return [%4, %14, None]""",
     )
 
 
+class Experts(nn.Module):
+    """A weight matrix for each element of a batch, stored [B, in, out] or [B, out, in]."""
+
+    def __init__(self, turned):
+        super().__init__()
+        self.turned = turned
+        self.weight = nn.Parameter(torch.randn((3, 12, 8) if turned else (3, 8, 12)))
+
+    def forward(self, x):
+        return torch.bmm(x, self.weight.mT) if self.turned else x @ self.weight
+
+
+def test_graph_of_a_batch(joint, every):
+    found = joint(Experts(False), torch.randn(3, 2, 8, requires_grad=True))
+    found.find(every(NM(2, 4, weight_grad="masked")))
+    assert_text(
+        found.run(rewrite_nm).text,
+        """\
+%0 = input(weight) : float32[3, 8, 12]
+%1 = input(l_x_) : float32[3, 2, 8]
+%2 = input() : float32[3, 2, 12]
+%3 = expand(%1, [3, 2, 8]) : float32[3, 2, 8]
+%4 = view(%3, [3, 2, 8]) : float32[3, 2, 8]
+%5 = expand(%0, [3, 8, 12]) : float32[3, 8, 12]
+%6 = view(%5, [3, 8, 12]) : float32[3, 8, 12]
+%7 = nm_bmm(%4, %6, 2, 4, 1, False) : float32[3, 2, 12]
+%8 = view(%7, [3, 2, 12]) : float32[3, 2, 12]
+%9 = view(%2, [3, 2, 12]) : float32[3, 2, 12]
+%10 = permute(%4, [0, 2, 1]) : float32[3, 8, 2]
+%11 = bmm(%10, %9) : float32[3, 8, 12]
+%12 = permute(%6, [0, 2, 1]) : float32[3, 12, 8]
+%13 = nm_bmm(%9, %12, 2, 4, 2, False) : float32[3, 2, 8]
+%14 = view(%11, [3, 8, 12]) : float32[3, 8, 12]
+%15 = nm_mask(%6, 2, 4, 1, False) : bool[3, 8, 12]
+%16 = full([], 0.0, dtype=float32, device=cpu) : float32[]
+%17 = where(%15, %14, %16) : float32[3, 8, 12]
+%18 = view(%13, [3, 2, 8]) : float32[3, 2, 8]
+return [%8, %17, %18]""",
+    )
+
+
 # --- what it computes
 
 
@@ -239,6 +280,70 @@ def test_one_module_called_twice_is_decayed_once(joint, every):
     found.run(rewrite_nm)
     expected = reference(model, x, found.tangents[0], nm, {"fc.weight": model.fc.weight})
     assert_equal_to(found.values(), expected)
+
+
+BATCHED = [NM(2, 4), NM(1, 4, weight_grad="masked"), NM(2, 4, weight_grad="masked", decay=0.3)]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_values_of_a_batch(joint, every, turned):
+    model = Experts(turned).double()
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    dense = joint(model, x)
+    for nm in BATCHED:
+        found = dense.again().find(every(nm))
+        assert found.run(rewrite_nm).modified
+        assert ops.nm_bmm in {n.target for n in found.gm.graph.nodes}
+        expected = reference(model, x, found.tangents[0], nm, weights_of(model), 1 + turned)
+        assert_equal_to(found.values(), expected)
+        found.run(inline_references)
+        assert ops.nm_bmm not in {n.target for n in found.gm.graph.nodes}
+        assert_equal_to(found.values(), expected)
+
+
+def test_a_batched_grad_input_of_its_own_has_groups_along_the_outputs(joint, every):
+    model, x = Experts(True).double(), torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    found = joint(model, x).find(every(Dense(), grad_input=NM(1, 4)))
+    found.run(rewrite_nm)
+    w = model.weight.detach()
+    expected = torch.bmm(found.tangents[0], w * mask_of(w, NM(1, 4), 1))
+    torch.testing.assert_close(grad_of_input(found, model), expected)
+
+
+def test_a_batched_weight_used_twice_is_decayed_once_under_autocast(joint, every):
+    class Cast(Experts):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = super().forward(x)
+                return y + super().forward(2 * y[..., :8])
+
+    model, x, nm = Cast(False), torch.randn(3, 5, 8), NM(2, 4, decay=0.3)
+    plain = joint(model, x).find(every(NM(2, 4)))
+    plain.run(rewrite_nm)
+    found = joint(model, x).find(every(nm))
+    found.run(rewrite_nm)
+    added = found.values()[1]["weight"] - plain.values()[1]["weight"]
+    w = model.weight.detach()
+    kept = mask_of(w.bfloat16(), NM(2, 4), 1)
+    assert added.dtype == torch.float32
+    torch.testing.assert_close(added, 0.3 * torch.where(kept, 0.0, w), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_says_why_it_stays(joint, every):
+    class Left(Experts):
+        def forward(self, x):
+            return self.weight.mT @ x.mT
+
+    x = torch.randn(3, 2, 8)
+    for model, nm, reason in [
+        (Experts(False), NM(2, 4, True), "a batch of weights has no transposable masks, only row"),
+        (Experts(False), NM(1, 3), "K=8 is not a multiple of m=3"),
+        (Left(False), NM(2, 4), "the weight is the left operand of the product"),
+    ]:
+        found = joint(model, x).find(every(nm))
+        assert not found.run(rewrite_nm).modified
+        plan = next(p for p in map(plan_of, found.gm.graph.nodes) if p is not None)
+        assert plan.decision.reason.startswith(reason)
 
 
 @pytest.mark.parametrize("nm", [NM(2, 4, decay=0.3), NM(2, 4, True, "masked", 0.3)], ids=repr)
