@@ -68,7 +68,8 @@ def _available(op: str, device: str, pattern: Pattern) -> dict[str, str]:
     names = [lowering_of(op, device, pattern, forced) for forced in (None, "reference")]
     found = {kind_of(name): name for name in names}
     # a transposable mask loops over values: no graph can stand in for the kernel's op
-    if len(found) > 1 and isinstance(pattern, NM) and pattern.transposable:
+    loops = op.startswith("nm_") and isinstance(pattern, NM) and pattern.transposable
+    if len(found) > 1 and loops:
         del found["reference"]
     return {kind: found[kind] for kind in LOWERINGS if kind in found}
 

@@ -83,6 +83,7 @@ def triton(monkeypatch):
 def test_what_is_there_can_be_forced(triton, lowering):
     check(NM(2, 4), lowering, "nm_mm")
     check(Sampled(0.5), lowering, "sampled_mm")
+    check(NM(2, 4, transposable=True), lowering, "masked_mm")  # its mask is made apart
 
 
 @pytest.mark.parametrize(

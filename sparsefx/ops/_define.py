@@ -69,4 +69,7 @@ def has_kernel(op: Any, device: str) -> bool:
 
 def traceable(op: Any, args: Any) -> bool:
     """Whether the reference is plain operators; a transposable mask loops over values."""
-    return not (op.name().startswith(f"{NAMESPACE}::nm_") and bool(args[-1]))
+    names = [argument.name for argument in op._schema.arguments]
+    if "transposable" in names:
+        return not args[names.index("transposable")]
+    return not op.name().startswith(f"{NAMESPACE}::nm_")  # packing and unpacking stay calls

@@ -13,14 +13,18 @@ import sys
 import pytest
 
 CAPABILITIES = {80: "mma.sync", 90: "wgmma"}  # and their tensor-core instruction
-SIZES = {"rows", "cols", "depth"}
-POINTERS = {"index": "*i64", "mask": "*u8", "order": "*i32", "counts": "*i32"}  # of no element
+SIZES = {"rows", "cols", "depth", "down"}
+POINTERS = {  # to no element
+    "index": "*i64", "mask": "*u8", "used": "*i8", "order": "*i32", "counts": "*i32"
+}  # fmt: skip
 CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3 product
     "nm_mm-2:4": ("nm_mm", "_nm_mm_kernel", "bf16", "sxk swk sb syj", (2, 4, 0)),
     "nm_mm-16:32": ("nm_mm", "_nm_mm_kernel", "fp32", "sxk swj sb syj", (16, 32, 1)),
     "nm_mm-4:6": ("nm_mm", "_nm_mm_kernel", "fp16", "sxk swk sb syj", (4, 6, 0)),
     "nm_mm-gelu": ("nm_mm", "_nm_mm_kernel", "fp16", "sxk swk sb syj", (2, 4, 0, "gelu")),
     "stored-mask": ("masked_mm", "_masked_mm_kernel", "bf16", "sxk swk smk sb syj", None),
+    "masked-occupied": ("masked_mm", "_occupied_kernel", "bf16", "smk", None),
+    "masked-list": ("masked_mm", "_list_kernel", "bf16", "", 64),
     "masked-2:4": ("nm_mm", "_masked_weight_kernel", "bf16", "swk syk", (2, 4, 0)),
     "sampled": ("sampled_mm", "_sampled_mm_kernel", "bf16", "sxk swk st sb syj", None),
     "gather-scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sak sbk st syj", True),
@@ -73,7 +77,7 @@ def compile_for(case: str, capability: int) -> tuple[int, list[str]]:
         values |= {"N": n, "M": m, "MP": _tiles.power_of_2(m), "DIM": dim}
         values["ACT"] = activation[0] if activation else "none"
     elif constants is not None:
-        values["GATHER"] = constants
+        values |= {"GATHER": constants, "ALL": constants}
     values = {key: value for key, value in values.items() if key in kernel.arg_names}
 
     def kind(argument):

@@ -142,6 +142,18 @@ def test_launcher_takes_the_way_that_the_tiles_say(skips, monkeypatch, device, i
     assert taken == [skips]
 
 
+def test_few_rows_take_the_mask_inside_and_many_list_its_tiles():
+    """A list pays from where it costs little of the product, which is where copies cost little."""
+    for itemsize, few, many in [(2, 16, 4096), (4, 16, 512)]:
+        assert masked._tiles.stored_mask_in_gemm(few, 4096, 4096, itemsize)
+        assert not masked._tiles.empty_tiles_skipped(few, 4096, 4096, itemsize)
+        assert not masked._tiles.stored_mask_in_gemm(many, 4096, 4096, itemsize)
+        assert masked._tiles.empty_tiles_skipped(many, 4096, 4096, itemsize)
+    assert masked._tiles.stored_mask_in_gemm(1024, 4096, 4096, 2)
+    assert masked._tiles.empty_tiles_skipped(1024, 4096, 4096, 2)
+    assert masked._tiles.stored_mask_in_gemm(0, 0, 0, 4)
+
+
 def test_launcher_leaves_to_the_reference(monkeypatch, device, inside):
     x, w, bias = operands(5, 16, 8, torch.float32, device)
     mask = torch.rand(16, 8, device=device) < 0.5
