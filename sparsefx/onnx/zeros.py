@@ -23,7 +23,7 @@ from sparsefx.capture import Compilation, record_graphs, trace_again
 from sparsefx.config import NM, Sampled, SparseConfig
 from sparsefx.errors import ExportError
 from sparsefx.plan import Plan
-from sparsefx.rewriting import CASTS, INPUT, arguments, peel, plan_of
+from sparsefx.rewriting import CASTS, INPUT, arguments, peel, plan_of, value
 
 aten = torch.ops.aten
 
@@ -274,7 +274,7 @@ def _use(reading: _Reading, tensor: Tensor) -> Use:
         return Use(layer, op, view.index(node))
     # as rewrite_nm does: groups along K, which a stored matrix holds where the views leave it
     stored, flipped = (node, False) if plan.site.kind == "conv" else peel(node)
-    dim = 1 if flipped or plan.site.kind == "conv" else 0
+    dim = 1 if plan.site.kind == "conv" else value(stored).dim() - 2 + flipped
     mask = ops.nm_mask(view.value(stored), pattern.n, pattern.m, dim, pattern.transposable)
     return Use(plan.site.layer, op, view.index(stored), mask, pattern, dim)
 

@@ -48,6 +48,23 @@ def test_layers_that_share_a_weight_share_its_zeros():
     assert torch.equal(found["first.weight"], masks.nm_mask(model.first.weight, 2, 4, 1))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_batch_of_weights_has_groups_along_each_matrix_k(turned):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 8, 4))
+            self.last = nn.Linear(8, 8)
+
+        def forward(self, x):
+            w = self.weight.mT if turned else self.weight
+            return self.last(torch.bmm(x, w).sum(-1, keepdim=True).expand(-1, -1, 8))
+
+    model = Experts()
+    found = kept(model, torch.randn(3, 2, 4 if turned else 8), config())
+    assert torch.equal(found["weight"], masks.nm_mask(model.weight, 2, 4, 2 if turned else 1))
+
+
 def test_layers_that_share_a_weight_and_want_other_zeros():
     rules = sfx.Rule("first", forward=ROW), sfx.Rule("second", forward=sfx.NM(1, 4))
     message = (
