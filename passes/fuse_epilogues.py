@@ -5,7 +5,8 @@
 and so for gelu, its tanh form and silu, in the operators that these are traced to, views between
 them or not; only where the device has a kernel for it (elsewhere Inductor fuses what is inlined),
 and where nothing else reads what goes in: in an inference graph, or for a relu, whose derivative
-reads its result.
+reads its result. Where only arithmetic follows, as in a gated layer, Inductor activates there at no
+cost, and it stays.
 
 Needs    cleanup ran, the sparse ops are not inlined yet.
 Keeps    values within rounding, shapes, provenance.
@@ -27,6 +28,9 @@ from sparsefx.rewriting import PassResult, Skip, arguments, emit, plan_of, rewri
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_PRODUCTS = {
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default
+}  # fmt: skip
 _SERVED = {torch.float32, torch.float16, torch.bfloat16}
 Traced = dict[tuple[str, torch.dtype], GraphModule]
 
@@ -90,6 +94,17 @@ def _match(pattern: GraphModule, source: Node) -> list[Node] | None:
     return list(at.values())
 
 
+def _wanted_in_memory(node: Node) -> bool:
+    """Whether a product or a caller reads a value, behind views or not."""
+    return any(
+        user.op == "output"
+        or user.target in _PRODUCTS
+        or ops.is_sparse_op(user.target)
+        or (user.target in _VIEWS | {aten.permute.default} and _wanted_in_memory(user))
+        for user in node.users
+    )
+
+
 def _left(node: Node, found: list[Node]) -> str:
     """Why an activation stays by itself, or ""."""
     plan = plan_of(node)
@@ -97,6 +112,8 @@ def _left(node: Node, found: list[Node]) -> str:
         return "what goes in is read elsewhere, such as by its derivative"
     if plan is not None and plan.decision is not None and plan.decision.lowering == "reference":
         return "the rule forces the reference"
+    if not _wanted_in_memory(found[-1]):
+        return "only arithmetic reads it, which Inductor fuses it with"
     if value(node).dtype not in _SERVED:
         return f"no kernel takes {value(node).dtype}"
     return ""

@@ -84,6 +84,7 @@ def test_every_activation_is_found_in_every_dtype(kernels, name, dtype):
             lambda y: F.gelu(y) + torch.erf(y * 0.7071067811865476),
             "gelu: what goes in is read else",
         ),
+        (lambda y: F.silu(y) * 2, "silu: only arithmetic reads it, which Inductor fuses it with"),
         (torch.tanh, ""),
         (lambda y: F.relu(y.transpose(1, 2)), ""),
     ],
