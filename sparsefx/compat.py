@@ -26,6 +26,7 @@ __all__ = [
     "build_cpp",
     "compile_eagerly",
     "compile_with_inductor",
+    "convolution_format",
     "decompositions",
     "get_proxy_mode",
     "has_kernel",
@@ -49,6 +50,13 @@ def has_kernel(op: str, key: str) -> bool:
     """
     known = hasattr(torch._C.DispatchKey, key)
     return known and bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
+
+
+def convolution_format(x: Tensor, w: Tensor, *rest: Any) -> torch.memory_format:
+    """Return the layout of ``aten.convolution(x, w, *rest)``, which fake tensors tell a graph."""
+    chosen = torch._C._select_conv_backend(x, w, *rest)
+    layout: torch.memory_format = torch._C._conv_determine_backend_memory_format(x, w, chosen)
+    return layout
 
 
 def holds_values(tensor: Tensor) -> bool:
