@@ -11,6 +11,8 @@ from math import ceil
 
 import torch
 
+from sparsefx.ops.packed import code_bits
+
 RATE = {2: 790e12, 4: 50e12}  # flop/s of a library GEMM by item size; 4 bytes: plain fp32, no tf32
 BANDWIDTH = 4.3e12  # bytes/s of a copy
 INTEGER_RATE = 17e12  # 32-bit integer operations/s off the tensor cores
@@ -125,7 +127,154 @@ def stored_mask_in_gemm(rows: int, cols: int, depth: int, itemsize: int) -> bool
     return inside <= max(dense, traffic / BANDWIDTH) + copy
 
 
+def stored_mask_gemm(rows: int, cols: int, depth: int, itemsize: int, chip: Chip) -> dict[str, int]:
+    """Return :func:`gemm`'s tile, with room in each stage for the mask: a byte a weight."""
+    tile = gemm(rows, cols, depth, itemsize, 1, chip)
+    bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
+    stage, masked = (bm + bn) * bk * itemsize + bn * bk, bn * bk * itemsize
+    fitting = (s for s in range(tile["num_stages"], 1, -1) if s * stage + masked <= chip.shared)
+    return tile | {"num_stages": next(fitting, 1)}
+
+
 def empty_tiles_skipped(rows: int, cols: int, depth: int, itemsize: int) -> bool:
     """List the tiles that a stored mask occupies (two launches, one pass over it), or take all."""
     table = 2 * LAUNCH + depth * cols / BANDWIDTH
     return table <= SKIP_SHARE * 2 * rows * cols * depth / RATE[itemsize]
+
+
+# --- packed weights (nm_packed/README.md)
+
+PACKED_ROWS = 64  # one tile of x: beyond it each more would expand the weight again
+
+
+def packed_in_gemm(rows: int, outputs: int, depth: int, itemsize: int, n: int, m: int) -> bool:
+    """Expand a packed weight inside the GEMM (True), or unpack it for the library's GEMM.
+
+    Both expand every weight off the tensor cores; inside, nothing of the dense size is moved.
+    """
+    dense = 2 * rows * outputs * depth / RATE[itemsize]
+    ends = rows * (depth + outputs) * itemsize / BANDWIDTH
+    weight = outputs * depth * itemsize / BANDWIDTH
+    packed = outputs * depth * n / m * (itemsize + code_bits(m) / 8) / BANDWIDTH
+    expanding = outputs * depth * 2 * n / INTEGER_RATE  # compared, selected
+    inside = max(dense / MASK_SHARE[itemsize], packed + ends, expanding)
+    unpacking = LAUNCH + max(packed + weight, expanding)
+    return rows <= PACKED_ROWS and inside <= unpacking + max(dense, weight + ends)
+
+
+def packed_gemm(
+    rows: int, outputs: int, depth: int, itemsize: int, n: int, m: int, chip: Chip
+) -> dict[str, int]:
+    """Tile and splits of a GEMM that expands a packed weight.
+
+    Args:
+        rows: M.
+        outputs: Rows of the weight.
+        depth: K.
+        itemsize: Bytes of an element, 2 or 4.
+        n: Kept of every m.
+        m: Group size, at most 32.
+        chip: The device.
+
+    Returns:
+        BM, BN, BK (lanes: a group has a power of two), DOT (1, or 0: multiply and add), splits of
+        the depth and the tiles that each takes, num_warps, num_stages.
+    """
+    dot = itemsize == 2 or rows > 4
+    bm = min(PACKED_ROWS, max(16 if dot else 1, power_of_2(rows)))
+    bn, bk = _expanded_tile(64 if dot else 32, 64 if itemsize == 2 else 32, n, m)
+    steps = ceil(depth / m / (bk // power_of_2(m)))
+    programs = ceil(rows / bm) * ceil(outputs / bn)
+    wanted = ceil(2 * chip.processors / max(programs, 1))
+    # sums of a split are written and read in float32: together at most a quarter of the weight
+    affordable = int(depth * n / m * itemsize / (4 * 8 * max(rows, 1)))
+    each = max(ceil(steps / max(min(wanted, affordable, steps // 4), 1)), 1)
+    tile = {"BM": bm, "BN": bn, "BK": bk, "DOT": int(dot)}
+    splits = max(ceil(steps / each), 1)
+    return tile | {"splits": splits, "each": each, "num_warps": 4, "num_stages": 4}
+
+
+def unpack_tile(depth: int, n: int, m: int) -> dict[str, int]:
+    """Rows A and groups G of a packed weight that a program unpacks."""
+    wide = min(256, power_of_2(depth))
+    rows, lanes = _expanded_tile(4096 // wide, wide, n, m)
+    return {"A": rows, "G": lanes // power_of_2(m), "num_warps": 4}
+
+
+def pack_tile(rows: int, depth: int, n: int, m: int) -> dict[str, int]:
+    """Rows A of a weight, and chunks C (whose codes are whole bytes), that a program packs."""
+    chunks = max(128 // _chunk(m), 1)
+    wide = ceil(depth / (8 // code_bits(m) * m))
+    chunks = min(chunks, power_of_2(wide))
+    most = 2048 // (chunks * _chunk(m))
+    return {"A": min(most, power_of_2(rows)), "C": chunks, "num_warps": 4}
+
+
+def pack_both_tile(n: int, m: int) -> dict[str, int]:
+    """Chunks along rows and along columns that a program packs both ways."""
+    chunks = 32 // _chunk(m)
+    return {"CR": chunks, "CK": chunks, "num_warps": 4}
+
+
+def _chunk(m: int) -> int:
+    """Lanes of the fewest groups whose codes are whole bytes: 16 or 32 for m <= 32."""
+    return 8 // code_bits(m) * power_of_2(m)
+
+
+def _expanded_tile(rows: int, lanes: int, n: int, m: int) -> tuple[int, int]:
+    """Shrink a tile until a thread of 4 warps compares at most 128 candidates of it."""
+    lanes, most = max(lanes, _chunk(m)), 2**14 // power_of_2(n)
+    while rows * lanes > most and lanes > max(32, _chunk(m)):
+        lanes //= 2
+    while rows * lanes > most and rows > 16:
+        rows //= 2
+    return rows, lanes
+
+
+CONV_SHARE = {2: 0.6, 4: 0.5}  # assumed: the same of an implicit GEMM, which gathers pixels
+
+
+def mask_in_conv(
+    rows: int,
+    cols: int,
+    depth: int,
+    image: int,
+    groups: int,
+    itemsize: int,
+    pattern: tuple[int, int] | None,
+) -> bool:
+    """Mask the filters inside an implicit GEMM (True), or write a copy for the library's.
+
+    Reasoned as mask_in_gemm is, and not measured.
+
+    Args:
+        rows: Pixels of the result, over all images.
+        cols: Channels of the result in a group.
+        depth: The reduction: taps times channels.
+        image: Elements of what is gathered from.
+        groups: Of the convolution.
+        itemsize: Bytes of an element, 2 or 4.
+        pattern: (n, m), or None for a stored mask, a byte a weight.
+    """
+    weights = groups * cols * depth
+    work, bytes_of_mask = 0.0, weights
+    if pattern is not None:
+        (n, m), bytes_of_mask = pattern, 0
+        work = weights * (8 + 3 * min(n, m - n)) / INTEGER_RATE
+    dense = 2 * rows * weights / RATE[itemsize]
+    traffic = (image + weights + rows * cols * groups) * itemsize
+    inside = max(dense / CONV_SHARE[itemsize], (traffic + bytes_of_mask) / BANDWIDTH)
+    copy = LAUNCH + max(work, (2 * weights * itemsize + bytes_of_mask) / BANDWIDTH)
+    return inside + ceil(rows / 128) * work <= max(dense, traffic / BANDWIDTH) + copy
+
+
+def gathers_in_conv(
+    rows: int, cols: int, depth: int, moved: int, groups: int, itemsize: int, launches: int
+) -> bool:
+    """Gather inside an implicit GEMM (True), or copy ``moved`` elements in ``launches`` launches.
+
+    Reasoned as rows_in_gemm is, and not measured; rows, cols, depth and groups as in mask_in_conv.
+    """
+    dense = 2 * rows * cols * depth * groups / RATE[itemsize]
+    copies = launches * LAUNCH + 2 * moved * itemsize / BANDWIDTH
+    return dense / CONV_SHARE[itemsize] <= dense + copies

@@ -88,7 +88,7 @@ def fused(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, *, skip: bool
     if not y.numel():
         return y
     b = None if bias is None else bias.expand(cols)
-    tile = _tiles.gemm(rows, cols, depth, x.itemsize, 1, _tiles.chip(x.device))
+    tile = _tiles.stored_mask_gemm(rows, cols, depth, x.itemsize, _tiles.chip(x.device))
     grid = (triton.cdiv(rows, tile["BM"]) * triton.cdiv(cols, tile["BN"]),)
     stored = mask.view(torch.uint8)
     with torch.cuda.device_of(x):

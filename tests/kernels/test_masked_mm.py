@@ -154,6 +154,17 @@ def test_few_rows_take_the_mask_inside_and_many_list_its_tiles():
     assert masked._tiles.stored_mask_in_gemm(0, 0, 0, 4)
 
 
+@pytest.mark.parametrize("shared", [64 * 1024, 99 * 1024, 227 * 1024])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_tile_leaves_room_for_the_mask(shared, itemsize):
+    for rows in (1, 16, 100, 4096):
+        t = masked._tiles.stored_mask_gemm(rows, 4096, 4096, itemsize, masked._tiles.Chip(shared))
+        weights = t["BN"] * t["BK"]
+        stage = t["BM"] * t["BK"] * itemsize + weights * (itemsize + 1)
+        assert t["num_stages"] * stage + weights * itemsize <= shared
+        assert t["num_stages"] > 1 or shared < 99 * 1024
+
+
 def test_launcher_leaves_to_the_reference(monkeypatch, device, inside):
     x, w, bias = operands(5, 16, 8, torch.float32, device)
     mask = torch.rand(16, 8, device=device) < 0.5
