@@ -55,7 +55,6 @@ for name, config in json.loads(sys.argv[1]):
 SAMPLED = {"rules": [{"match": "fc", "forward": {"kind": "sampled", "ratio": 0.5}}]}
 OTHER_RATIO = {"rules": [{"match": "fc", "forward": {"kind": "sampled", "ratio": 0.25}}]}
 TWO_OF_FOUR = {"rules": [{"match": "fc", "forward": {"kind": "nm", "n": 2, "m": 4}}]}
-ONE_OF_FOUR = {"rules": [{"match": "fc", "forward": {"kind": "nm", "n": 1, "m": 4}}]}
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +145,11 @@ def test_the_first_process_compiles(kit, first):
 
 
 def test_a_second_process_hits_and_another_config_misses(kit, launch, first):
-    again, ratio, nm, elsewhere = launch(
-        ("fc", SAMPLED), ("fc", OTHER_RATIO), ("fc", ONE_OF_FOUR), ("dense", SAMPLED)
-    )
+    again, ratio, elsewhere = launch(("fc", SAMPLED), ("fc", OTHER_RATIO), ("dense", SAMPLED))
     assert (again["hits"], again["misses"]) == (1, 0)
     assert same_numbers(again, first[0])
-    for found, config in ((ratio, OTHER_RATIO), (nm, ONE_OF_FOUR)):
-        assert (found["hits"], found["misses"]) == (0, 1)
-        close(found, expected(kit, config))
+    assert (ratio["hits"], ratio["misses"]) == (0, 1)
+    close(ratio, expected(kit, OTHER_RATIO))
     # the graph is the same, but the rule speaks of a layer called fc
     assert (elsewhere["hits"], elsewhere["misses"]) == (0, 1)
     close(elsewhere, expected(kit, SAMPLED, "dense"))
@@ -169,6 +165,3 @@ def test_another_pass_source_misses(package, launch, first, tmp_path):
     (changed,) = launch(("fc", TWO_OF_FOUR), package=copy)
     assert (changed["hits"], changed["misses"]) == (0, 1)
     assert not same_numbers(changed, first[1])
-    (unchanged,) = launch(("fc", TWO_OF_FOUR))
-    assert (unchanged["hits"], unchanged["misses"]) == (1, 0)
-    assert same_numbers(unchanged, first[1])

@@ -2,9 +2,10 @@
 
 Numbers are compared with the eager reference of conftest.py twice. In float64, where the bound is
 the rounding of another order of summation: 1e-9 of the largest entry, or 1e-6 where the model
-itself computes in float32 inside (softmax, RMSNorm). In float32, where the bound is derived: four
-times what the reference loses in float32 against its own float64 twin, plus a few roundings of the
-largest value. Both need the same sampled sets in both precisions, which is asserted first.
+itself computes in float32 inside (softmax, RMSNorm). Sampled ones in float32 too, where the bound
+is derived: four times what the reference loses in float32 against its own float64 twin, plus a few
+roundings of the largest value. Both need the same sampled sets in both precisions, which is
+asserted first.
 """
 
 import dataclasses
@@ -29,10 +30,9 @@ TRIED = [
     *((model, preset) for model in MODELS for preset in ("2:4-transposable", "sampled-0.3")),
     *(
         (model, preset)
-        for model in ("gpt2", "vit", "resnet")
+        for model in ("gpt2", "resnet")
         for preset in ("2:4", "4:8-transposable", "sampled-backward-0.3", "all-three")
     ),
-    ("gpt2-eager-attention", "sampled-0.3"),
     ("gpt2-eager-attention", "all-three"),
 ]
 
@@ -139,7 +139,7 @@ def test_equals_an_eager_reference(
     assert names <= set(wanted.called)
     assert len(wanted.called) == len(set(wanted.called))
     _assert_equal(found, wanted, share=1e-6 if name in CALCULATES_IN_FLOAT32 else 1e-9)
-    if preset in ("2:4-transposable", "sampled-0.3"):
+    if preset == "sampled-0.3":  # masks are chosen alike in every precision
         low = eager_reference(single, preset)
         compiled, _ = _compile(single.model, preset)
         in_single = run(compiled, single.model, single.inputs)
