@@ -1,6 +1,8 @@
 // Products with packed N:M weights, and the weights unpacked.
 
 #include "../memory.h"
+#include "../numbers.h"
+#include "../lines.h"
 #include "packed.h"
 
 namespace {
