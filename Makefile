@@ -1,9 +1,11 @@
 # One command each, from a bare clone: `make demo`, `make test`. Both make .venv when it is missing or stale.
 #   PYTHON=<command>    the Python to build .venv with (3.11 to 3.13); for `make gpu`, the Python to run
 #   WORKERS=<n>         test processes
+#   GPU_SECONDS=<n>     time of `make gpu`, tests and benchmarks together
 #   PYTEST_ARGS=<...>   more arguments for pytest, say PYTEST_ARGS="-k transposable"
 
 WORKERS ?= 2
+GPU_SECONDS ?= 590
 PYTEST_ARGS ?=
 
 # -P keeps the checkout's root off sys.path, where kernels/ and passes/ would shadow other packages.
@@ -21,7 +23,7 @@ help:
 	@echo "make test    every test that needs no GPU"
 	@echo "make lint    ruff, format check, mypy"
 	@echo "make bench   the CPU benchmark"
-	@echo "make gpu     kernel tests and benchmarks on a CUDA device, with the Python that has its torch"
+	@echo "make gpu     kernel tests and benchmarks on a CUDA device, 10 minutes, with the Python that has its torch"
 	@echo "make clean   remove what builds and tests leave (.venv stays)"
 
 demo: compiler venv
@@ -38,13 +40,16 @@ lint: venv
 bench: compiler venv
 	$(venv_python) benchmarks/linear.py
 
+# Where a kernel's test fails, only the rows whose own tests pass are timed, and the target fails.
 # No .venv and no network: a GPU machine brings its own torch, built for its driver.
 gpu_python = $(or $(PYTHON),$(shell command -v python || echo python3))
 gpu:
 	@$(gpu_python) -c "import torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null || \
 	  { echo "sparsefx: make gpu needs a CUDA device, and $(gpu_python) has no torch that sees one." >&2; exit 1; }
-	PYTHONPATH=$(CURDIR) $(gpu_python) -m pytest tests/kernels $(PYTEST_ARGS)
-	PYTHONPATH=$(CURDIR) $(gpu_python) benchmarks/linear.py --device cuda
+	@start=$$(date +%s); export PYTHONPATH=$(CURDIR) TRITON_DEFAULT_FP_FUSION=1; tested=--tested; \
+	$(gpu_python) -m pytest tests/kernels --continue-on-collection-errors $(PYTEST_ARGS) || tested=; \
+	$(gpu_python) benchmarks/run.py all --device cuda $$tested \
+	  --seconds $$(( $(GPU_SECONDS) - $$(date +%s) + start )) && test -n "$$tested"
 
 venv:
 	@PYTHON="$(PYTHON)" .ci/venv

@@ -207,7 +207,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None, shapes: Sequence[Shape] = SHAPES) -> list[Row]:
     """Measure, print, and write what was asked for."""
     args = arguments(argv)
-    facts = {**machine("cpu", "conv.py"), "codegen": args.codegen, "rounds": args.rounds}
+    facts = {**machine("cpu"), "codegen": args.codegen, "rounds": args.rounds}
     blocks = []
     for shape in (shapes[i] for i in args.shapes if i < len(shapes)):
         for layout in args.layouts:

@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Measure, print, and write what was asked for."""
     args = arguments(argv)
     chosen = {key: getattr(args, key) for key in ("batch", "dtype", "codegen", "rounds")}
-    facts = {**machine(args.device, "linear.py"), **chosen}
+    facts = {**machine(args.device), **chosen}
     rows: list[Row] = []
     for size in args.sizes:
         print(f"N={size} ...", file=sys.stderr)

@@ -242,7 +242,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Measure, print, and write what was asked for."""
     args = arguments(argv)
-    facts = {**machine("cpu", "models.py"), "codegen": args.codegen, "rounds": args.rounds}
+    facts = {**machine("cpu"), "codegen": args.codegen, "rounds": args.rounds}
     blocks = [measure(name, args) for name in args.models]
     rows = [row for block in blocks for row in block]
     headings = ["model", "method", "executed", "ms", "p20-p80", "x dense"]

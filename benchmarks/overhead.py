@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if args.one:
         print(json.dumps(first_step(*args.one)))
         return []
-    facts, rows, blocks = machine("cpu", "overhead.py"), [], []
+    facts, rows, blocks = machine("cpu"), [], []
     for part in args.parts:
         found, cells = PARTS[part](args)
         rows += found

@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Measure, print, and write what was asked for."""
     args = arguments(argv)
     kernels.register()
-    facts = {**machine("cpu", "packed.py"), "rounds": args.rounds, "codegen": args.codegen}
+    facts = {**machine("cpu"), "rounds": args.rounds, "codegen": args.codegen}
     blocks = []
     for index in args.cases or range(len(CASES)):
         print(f"{CASES[index]} ...", file=sys.stderr)

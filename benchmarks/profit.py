@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     for index in args.cases:
         print(f"{name_of(CASES[index])} ...", file=sys.stderr)
         rows += measure(index, args.rounds, args.codegen)
-    facts = {**machine("cpu", "profit.py"), "codegen": args.codegen, "rounds": args.rounds}
+    facts = {**machine("cpu"), "codegen": args.codegen, "rounds": args.rounds}
     report(rows, facts)
     if args.json is not None and args.json.exists():
         known = json.loads(args.json.read_text("utf-8"))["rows"]

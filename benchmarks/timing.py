@@ -22,28 +22,34 @@ WARM_UP = 3  # rounds: the first ones compile and fill the allocator
 Work = Callable[[], object]
 
 
-def timed(work: Work, cuda: bool = False) -> float:
-    """Milliseconds of one call."""
+def timed(work: Work, cuda: bool = False, before_each: Work | None = None) -> float:
+    """Milliseconds of one call; ``before_each``, say a flush of the cache, is not counted."""
     if cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if before_each is not None:
+            before_each()  # while the device does this, the host runs ahead with the work
         start.record()
         work()
         end.record()
         torch.cuda.synchronize()
         return float(start.elapsed_time(end))
+    if before_each is not None:
+        before_each()
     before = time.perf_counter()
     work()
     return (time.perf_counter() - before) * 1e3
 
 
-def race(field: Sequence[Work], rounds: int, cuda: bool = False) -> list[list[float]]:
+def race(
+    field: Sequence[Work], rounds: int, cuda: bool = False, before_each: Work | None = None
+) -> list[list[float]]:
     """Times of each contestant, in turns; the first of a round changes with the round."""
     times: list[list[float]] = [[] for _ in field]
     for turn in range(WARM_UP + rounds):
         for i in range(len(field)):
             at = (turn + i) % len(field)
-            spent = timed(field[at], cuda)
+            spent = timed(field[at], cuda, before_each)
             if turn >= WARM_UP:
                 times[at].append(spent)
     return times
@@ -59,7 +65,7 @@ def spread_of(own: Sequence[float], dense: Sequence[float]) -> dict[str, float]:
 # --- where it ran
 
 
-def machine(device: str, script: str) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """Facts that a reader of the numbers needs."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
@@ -73,19 +79,19 @@ def machine(device: str, script: str) -> dict[str, Any]:
         "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit(script),
+        "commit": commit(),
         "load": os.getloadavg()[0],
     }
 
 
-def commit(script: str) -> str | None:
+def commit() -> str | None:
     """Return the checkout's commit, "-dirty" where measured files differ; None outside of git."""
     git = partial(
         subprocess.run, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
     )
     try:
         head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        measured = ["sparsefx", "passes", "kernels", f"benchmarks/{script}"]
+        measured = ["sparsefx", "passes", "kernels", "benchmarks/*.py"]
         changed = git(["git", "status", "--porcelain", "--", *measured]).stdout
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,0 +1,291 @@
+"""2:4 linear layers on a CUDA device: alone, in training, and in a transformer's block.
+
+    python benchmarks/lin24.py lin24_fwd|lin24_train|vit_block24 [--seconds 60] [--json PATH]
+
+sparsefx is timed as users run it, through torch.compile, with a transposable 2:4 rule in bfloat16:
+masks are made at every step, inside the time. cuSPARSELt's products see a weight that was packed
+before the clock started, so they are the bound that the sparse tensor core sets.
+"""
+
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+
+import sparsefx as sfx
+from sparsefx import masks
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
+
+import gpu
+from gpu import Case, Contestant, Field, Goal, Setting, judged, off, product64
+from linear import step
+
+OURS, DENSE = "sparsefx 2:4", "dense, eager"
+BEST = "cuSPARSELt, best right algorithm"
+TOKENS = [(4096, True), (16384, False), (1024, False), (256, False)]
+WEIGHTS = [(8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336)]  # [out, in]
+
+
+def rule(pattern: str) -> sfx.Rule:
+    return sfx.Rule(pattern, forward=sfx.NM(2, 4, transposable=True))
+
+
+def ours(module: nn.Module, s: Setting, *layers: str) -> Any:
+    """The module with 2:4 weights in these layers (default: all), compiled by sparsefx."""
+    rules = [rule(pattern) for pattern in layers or ("*",)]
+    config = sfx.SparseConfig(rules, keep_output_dense=False, strict=True, codegen=s.codegen)
+    return torch.compile(module, backend="sparsefx", options={"config": config}, dynamic=False)
+
+
+def layer_of(w: Tensor) -> nn.Linear:
+    layer = nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=w.dtype)
+    layer.weight.data.copy_(w)
+    return layer
+
+
+def kept_of(w: Tensor, solver: str = "exact") -> Tensor:
+    return torch.where(masks.transposable_mask(w, 2, 4, solver=solver), w, 0)
+
+
+def share(w: Tensor, kept: Tensor) -> float:
+    return float(kept.abs().sum(dtype=torch.float64) / w.abs().sum(dtype=torch.float64))
+
+
+def without_grad(call: Any, *args: Any) -> Any:
+    with torch.no_grad():
+        return call(*args)
+
+
+# --- lin24_fwd
+
+
+def vendors(
+    s: Setting, x: Tensor, kept: Tensor, dense: Tensor, notes: list[str]
+) -> list[Contestant]:
+    """The first algorithm of cuSPARSELt, and the fastest one whose values are right."""
+    lib = gpu.vendor(s)
+    if lib is None:
+        notes.append("cuSPARSELt: this torch comes without it")
+        return []
+    packed, twin = lib.compress(kept), product64(x, kept)
+    best, refused = gpu.best_algorithm(lib, packed, x, twin)
+    field = [
+        Contestant("cuSPARSELt, algorithm 0", partial(lib.mm, packed, x, 0), limit=2.0),
+        Contestant(BEST, partial(lib.mm, packed, x, best), limit=2.0, note=f"number {best}"),
+    ]
+    if refused:
+        notes.append(f"cuSPARSELt: {refused} of {lib.algorithms} algorithms wrong or refused")
+    return [one for one in field if judged(one, one.work(), twin, dense, x.shape[1], notes)]
+
+
+def forward(tokens: int, out: int, deep: int, tune: bool, s: Setting) -> Field:
+    w, x = s.randn(out, deep), s.randn(tokens, deep)
+    kept, dense = kept_of(w), product64(x, w)
+    notes: list[str] = []
+    field = [
+        Contestant(DENSE, partial(linear, x, w), dense=True),
+        Contestant("dense, torch.compile", partial(s.compile(linear, tune), x, w), dense=True),
+    ]
+    for one in field:
+        judged(one, one.work(), dense, dense, deep, notes)
+    field[1].note = "max-autotune" if tune else ""
+    field += vendors(s, x, kept, dense, notes)
+    run = partial(without_grad, ours(layer_of(w), s), x)
+    field.append(Contestant(OURS, run, limit=2.0, ours=True, note="mask in it"))
+    judged(field[-1], run(), product64(x, kept), dense, deep, notes)
+    for one in field:
+        one.kept = None if one.dense else share(w, kept)
+    goals = [Goal(OURS, 0.98), Goal(OURS, 0.98, BEST)]
+    goals += [Goal(OURS, 1.45)] if (tokens, out, deep) == (8192, 8192, 8192) else []
+    return Field(field, goals, notes)
+
+
+def forward_cases(s: Setting) -> list[Case]:
+    shapes = [(8192, 8192, 8192, True)]
+    shapes += [(m, n, k, tune and n == 4096 == k) for m, tune in TOKENS for n, k in WEIGHTS]
+    shapes = [(32, 64, 32, True)] if s.dry else shapes
+    return [Case(f"{m} x {k} -> {n}", partial(forward, m, n, k, t)) for m, n, k, t in shapes]
+
+
+# --- lin24_train: forward, both gradients, and the mask of every step
+
+
+class Tile(torch.autograd.Function):
+    """torch's own greedy 2:4 tile of a weight, straight-through, as torchao's SemiSparseLinear."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        from torch.sparse import SparseSemiStructuredTensorCUSPARSELT as Packed
+
+        return Packed.prune_dense_static_sort(w.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class GreedyTile(Tile):
+    """The same without a vendor library: what a dry run takes."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return kept_of(w.detach(), "greedy")
+
+
+class TileLinear(nn.Linear):
+    sparsify: Any = Tile.apply
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.sparsify(self.weight), self.bias)
+
+
+def tiled(module: nn.Module, sparsify: Any) -> nn.Module:
+    """A copy whose linear layers sparsify their weight at each call."""
+    copied = copy.deepcopy(module)
+    for layer in copied.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = TileLinear
+            layer.sparsify = sparsify
+    return copied
+
+
+def peers(module: nn.Module, s: Setting, notes: list[str]) -> dict[str, nn.Module]:
+    """Eager 2:4 training as others do it, as far as it is there."""
+    found = {}
+    if s.dry:
+        found["torch's tile + cuSPARSELt, eager"] = tiled(module, GreedyTile.apply)
+    elif torch.backends.cusparselt.is_available():
+        found["torch's tile + cuSPARSELt, eager"] = tiled(module, Tile.apply)
+    if gpu.installed("xformers"):
+        from xformers.ops import sparsify24_ste
+
+        found["xformers sp24, eager"] = tiled(module, partial(sparsify24_ste, backend="cusparselt"))
+    notes += gpu.missing("xformers", "torchao")
+    if gpu.installed("torchao"):
+        notes.append("torchao: its SemiSparseLinear, which it dropped, is the rebuilt tile")
+    return found
+
+
+def weight_seen(layer: nn.Module, w: Tensor) -> Tensor:
+    """The dense values of what a layer multiplies with."""
+    sparsify = getattr(layer, "sparsify", None)
+    return kept_of(w) if sparsify is None else sparsify(w).to_dense()
+
+
+def training(tokens: int, deep: int, out: int, s: Setting) -> Field:
+    w, x, grad = s.randn(out, deep), s.randn(tokens, deep), s.randn(tokens, out)
+    x.requires_grad_()
+    base = layer_of(w)
+    notes: list[str] = []
+    dense = product64(x, w)
+    layers: dict[str, Any] = {DENSE: base, "dense, torch.compile": s.compile(copy.deepcopy(base))}
+    layers |= peers(base, s, notes)
+    layers[OURS] = ours(copy.deepcopy(base), s)
+    field = []
+    for name, layer in layers.items():
+        one = Contestant(name, partial(step, layer, x, grad), dense=name.startswith("dense"))
+        one.ours = name == OURS
+        one.limit = None if one.dense else 1.5
+        seen = w if one.dense else weight_seen(layer, w).detach()
+        one.kept = None if one.dense else share(w, seen)
+        if judged(one, layer(x).detach(), product64(x, seen), dense, deep, notes):
+            field.append(one)
+    return Field(field, [Goal(OURS, 1.25)], notes)
+
+
+def training_cases(s: Setting) -> list[Case]:
+    shapes = [(16384, 4096, 14336), (13008, 1024, 4096), (13008, 4096, 1024)]
+    shapes = [(32, 32, 64)] if s.dry else shapes
+    return [Case(f"{m} x {k} -> {n}, fw + bw", partial(training, m, k, n)) for m, k, n in shapes]
+
+
+# --- vit_block24: the two layers of the MLP are 2:4, attention is dense
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: ViT's, or GPT-2's where it is causal."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.qkv(self.before(x)).view(batch, length, 3, self.heads, -1).transpose(1, 3)
+        q, k, v = parts.unbind(2)  # [batch, heads, length, width / heads] each
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(gelu(self.up(self.between(x))))
+
+
+def twin64(block: Block, sparse: bool) -> Block:
+    """The block in float64, with the masked weights if sparse."""
+    twin = copy.deepcopy(block).double()
+    for layer, own in ((twin.up, block.up), (twin.down, block.down)) if sparse else ():
+        layer.weight.data.copy_(kept_of(own.weight.detach()))
+    return twin
+
+
+def backward(run: Any, block: nn.Module, x: Tensor, grad: Tensor) -> None:
+    x.grad = None
+    block.zero_grad(set_to_none=True)
+    run(x).backward(grad)
+
+
+def mlp_tiled(block: Block, s: Setting, notes: list[str]) -> dict[str, Block]:
+    found = {}
+    for name, swapped in peers(block, s, notes).items():
+        for layer in (swapped.qkv, swapped.out):
+            layer.__class__ = nn.Linear
+        found[name] = swapped
+    return found
+
+
+def in_block(batch: int, length: int, width: int, causal: bool, s: Setting) -> Field:
+    block = Block(width, max(1, width // 64), causal).to(s.device, torch.bfloat16)
+    x, grad = s.randn(batch, length, width).requires_grad_(), s.randn(batch, length, width)
+    notes: list[str] = []
+    one_sequence = x[:1].detach().double()
+    with torch.no_grad():
+        dense, masked = (twin64(block, sparse)(one_sequence) for sparse in (False, True))
+    plain, own = copy.deepcopy(block), copy.deepcopy(block)
+    runs: dict[str, tuple[Any, nn.Module]] = {
+        "dense, torch.compile": (s.compile(plain), plain),
+        OURS: (ours(own, s, "up", "down"), own),
+    }
+    runs |= {name: (swapped, swapped) for name, swapped in mlp_tiled(block, s, notes).items()}
+    field = []
+    for name, (run, module) in runs.items():
+        one = Contestant(name, partial(backward, run, module, x, grad), ours=name == OURS)
+        one.dense, one.limit = name.startswith("dense"), None if name.startswith("dense") else 1.29
+        found = run(x).detach()[:1]
+        if one.dense or one.ours:
+            judged(one, found, dense if one.dense else masked, dense, 4 * width, notes)
+        else:
+            one.error = off(found, dense)  # its own masks: no twin to compare with
+        field.append(one)
+    return Field(field, [Goal(OURS, 1.12)], notes)
+
+
+def block_cases(s: Setting) -> list[Case]:
+    shapes = {"ViT-L": (64, 256, 1024, False), "GPT-2 medium": (16, 1024, 1024, True)}
+    shapes = {"ViT-L": (2, 4, 32, False)} if s.dry else shapes
+    return [
+        Case(f"{name} block, {shape[0]} x {shape[1]}, fw + bw", partial(in_block, *shape))
+        for name, shape in shapes.items()
+    ]
+
+
+ROWS = {"lin24_fwd": forward_cases, "lin24_train": training_cases, "vit_block24": block_cases}
+
+if __name__ == "__main__":
+    gpu.main(ROWS, __doc__)
