@@ -26,6 +26,7 @@ _THROUGH = {
     torch.ops.aten.t.default,
     torch.ops.aten.transpose.int,
     torch.ops.aten.view.default,
+    torch.ops.aten.expand.default,  # as matmul does to a batch of weights
     torch.ops.aten.alias.default,
     torch.ops.aten.detach.default,
     torch.ops.aten.clone.default,

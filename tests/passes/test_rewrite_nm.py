@@ -294,6 +294,8 @@ def test_values_of_a_batch(joint, every, turned):
         found = dense.again().find(every(nm))
         assert found.run(rewrite_nm).modified
         assert ops.nm_bmm in {n.target for n in found.gm.graph.nodes}
+        sites = [plan_of(n).site for n in found.gm.graph.nodes if n.target is ops.nm_bmm]
+        assert {site.weight_name for site in sites} == {"weight"}
         expected = reference(model, x, found.tangents[0], nm, weights_of(model), 1 + turned)
         assert_equal_to(found.values(), expected)
         found.run(inline_references)
