@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparsefx import ops
+from sparsefx import masks, ops
 
 if __name__ != "sparsefx.kernels":
     raise ImportError(
@@ -71,14 +71,95 @@ TABLE = (
         "triton",
         "triton sampled_mm_grad_weight",
     ),
+    Row(
+        "sampled_mm_weight",
+        "CUDA",
+        "sparsefx.kernels.sampled_mm.triton:sampled_mm_weight",
+        "triton",
+        "triton sampled_mm_weight",
+    ),
+    Row(
+        "topk_mm_indices",
+        "CUDA",
+        "sparsefx.kernels.scores.triton:topk_mm_indices",
+        "triton",
+        "triton topk_mm_indices",
+    ),
+    Row(
+        "topk_indices",
+        "CUDA",
+        "sparsefx.kernels.scores.triton:topk_indices",
+        "triton",
+        "triton topk_indices",
+    ),
+    Row(
+        "nm_conv",
+        "CUDA",
+        "sparsefx.kernels.nm_conv.triton:nm_conv",
+        "triton",
+        "triton nm_conv",
+    ),
+    Row(
+        "masked_conv",
+        "CUDA",
+        "sparsefx.kernels.nm_conv.triton:masked_conv",
+        "triton",
+        "triton masked_conv",
+    ),
+    Row(
+        "nm_conv_grad_input",
+        "CUDA",
+        "sparsefx.kernels.nm_conv.triton:nm_conv_grad_input",
+        "triton",
+        "triton nm_conv_grad_input",
+    ),
+    Row(
+        "masked_conv_grad_input",
+        "CUDA",
+        "sparsefx.kernels.nm_conv.triton:masked_conv_grad_input",
+        "triton",
+        "triton masked_conv_grad_input",
+    ),
     Row("take_columns", "CPU", "sparsefx.kernels.moves.cpu:take_columns", "", "C++ take_columns"),
     Row("scattered_mm", "CPU", "sparsefx.kernels.moves.cpu:scattered_mm", "", "C++ scattered_mm"),
     Row("nm_unpack", "CPU", "sparsefx.kernels.nm_packed.cpu:nm_unpack", "", "C++ nm_unpack"),
     Row(
         "nm_packed_mm", "CPU", "sparsefx.kernels.nm_packed.cpu:nm_packed_mm", "", "C++ nm_packed_mm"
     ),
+    Row("nm_pack", "CUDA", "sparsefx.kernels.nm_packed.triton:nm_pack", "triton", "triton nm_pack"),
+    Row(
+        "nm_pack_both",
+        "CUDA",
+        "sparsefx.kernels.nm_packed.triton:nm_pack_both",
+        "triton",
+        "triton nm_pack_both",
+    ),
+    Row(
+        "nm_unpack",
+        "CUDA",
+        "sparsefx.kernels.nm_packed.triton:nm_unpack",
+        "triton",
+        "triton nm_unpack",
+    ),
+    Row(
+        "nm_packed_mm",
+        "CUDA",
+        "sparsefx.kernels.nm_packed.triton:nm_packed_mm",
+        "triton",
+        "triton nm_packed_mm",
+    ),
+    Row(
+        "nm24_compress",
+        "CUDA",
+        "sparsefx.kernels.vendor_24.launch:nm24_compress",
+        "",
+        "vendor nm24_compress",
+    ),
+    Row("nm24_mm", "CUDA", "sparsefx.kernels.vendor_24.launch:nm24_mm", "", "vendor nm24_mm"),
     Row("sum_rows", "CPU", "sparsefx.kernels.moves.cpu:sum_rows", "", "C++ sum_rows"),
 )
+
+TRANSPOSABLE = "sparsefx.kernels.transposable_mask.triton:solve"  # asked by masks, not by an op
 
 _LIBRARY = torch.library.Library("sparsefx", "IMPL")
 
@@ -89,6 +170,8 @@ def register() -> None:
         op = getattr(torch.ops.sparsefx, row.op).default
         if _installed(row.needs) and not ops.has_kernel(op, row.key.lower()):
             _LIBRARY.impl(row.op, _imported_on_first_call(row.target), row.key)
+    if _installed("triton"):
+        masks.accelerate("cuda", _imported_on_first_call(TRANSPOSABLE))
 
 
 def kernel_for(op_name: str, device_type: str) -> str | None:

@@ -13,10 +13,15 @@ import sys
 import pytest
 
 CAPABILITIES = {80: "mma.sync", 90: "wgmma"}  # and their tensor-core instruction
-SIZES = {"rows", "cols", "depth", "down"}
+SIZES = {"count", "down", "across", "rows", "cols", "depth", "down", "images", "high", "wide", "tall", "broad"}
 POINTERS = {  # to no element
     "index": "*i64", "mask": "*u8", "used": "*i8", "order": "*i32", "counts": "*i32"
 }  # fmt: skip
+TAPS = dict.fromkeys(["KH", "KW"], 3) | dict.fromkeys(["PH", "PW", "DH", "DW"], 1)
+PATCH = TAPS | dict.fromkeys(["SH", "SW", "JH", "JW"], 1)  # 3 x 3 of a convolution
+PATCH |= {"BACK": False, "DIM": 0, "N": 2, "M": 4, "MP": 4, "mask": None}
+BACK = TAPS | dict.fromkeys(["SH", "SW", "JH", "JW"], 2)  # its grad_input, at stride 2
+BACK |= {"BACK": True, "DIM": 0, "N": 0, "M": 1, "MP": 1, "bias": None}
 CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3 product
     "nm_mm-2:4": ("nm_mm", "_nm_mm_kernel", "bf16", "sxk swk sb syj", (2, 4, 0)),
     "nm_mm-16:32": ("nm_mm", "_nm_mm_kernel", "fp32", "sxk swj sb syj", (16, 32, 1)),
@@ -28,6 +33,16 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
     "masked-2:4": ("nm_mm", "_masked_weight_kernel", "bf16", "swk syk", (2, 4, 0)),
     "sampled": ("sampled_mm", "_sampled_mm_kernel", "bf16", "sxk swk st sb syj", None),
     "gather-scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sak sbk st syj", True),
+    "nm_conv-2:4": ("nm_conv", "_masked_conv_kernel", "bf16", "sxk swk sb syj", PATCH),
+    "stored-back": ("nm_conv", "_masked_conv_kernel", "fp16", "sxk swj smj syj", BACK),
+    "masked-tiles-2:4": (
+        *("transposable_mask.small", "_small_kernel", "bf16", "swj smj"),
+        {"N": 2, "T": 128},
+    ),
+    "masked-tiles-8:16": (
+        *("transposable_mask.exact", "_exact_kernel", "fp32", "swj smj"),
+        {"N": 8, "LOG": 4, "T": 1},
+    ),
     "scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sai sbj st syi", False),
 }
 
@@ -68,7 +83,8 @@ def compile_for(case: str, capability: int) -> tuple[int, list[str]]:
     from sparsefx.kernels import _tiles
 
     module, name, element, ones, constants = CASES[case]
-    kernel = getattr(importlib.import_module(f"sparsefx.kernels.{module}.triton"), name)
+    file = module if "." in module else f"{module}.triton"
+    kernel = getattr(importlib.import_module(f"sparsefx.kernels.{file}"), name)
     tile = _tiles.gemm(1024, 1024, 1024, 4 if element == "fp32" else 2, 32, _tiles.Chip())
     options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
     values = tile | dict.fromkeys(ones.split(), 1)
@@ -76,6 +92,8 @@ def compile_for(case: str, capability: int) -> tuple[int, list[str]]:
         n, m, dim, *activation = constants
         values |= {"N": n, "M": m, "MP": _tiles.power_of_2(m), "DIM": dim}
         values["ACT"] = activation[0] if activation else "none"
+    elif isinstance(constants, dict):
+        values |= constants
     elif constants is not None:
         values |= {"GATHER": constants, "ALL": constants}
     values = {key: value for key, value in values.items() if key in kernel.arg_names}
