@@ -278,3 +278,24 @@ def gathers_in_conv(
     dense = 2 * rows * cols * depth * groups / RATE[itemsize]
     copies = launches * LAUNCH + 2 * moved * itemsize / BANDWIDTH
     return dense / CONV_SHARE[itemsize] <= dense + copies
+
+
+def sums(rows: int, cols: int, depth: int, batch: int, chip: Chip) -> dict[str, int]:
+    """Tile and splits of sums along ``depth`` of a matrix of rows and one of cols.
+
+    Splits keep four programs on every processor, for loads in flight, and stay few: one program
+    adds them up again.
+
+    Returns:
+        BR (results), BD (terms), splits, num_warps.
+    """
+    br = bd = 64  # of 16-bit elements whole lines of 128 bytes, whichever way they lie
+    programs = max(ceil(rows / br) + ceil(cols / br), 1) * max(batch, 1)
+    splits = max(1, min(8, ceil(4 * chip.processors / programs), ceil(depth / bd)))
+    return {"BR": br, "BD": bd, "splits": splits, "num_warps": 4}
+
+
+def choosing(depth: int) -> dict[str, int]:
+    """BLOCK and num_warps of the one program that chooses from ``depth`` scores."""
+    block = power_of_2(depth)
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}

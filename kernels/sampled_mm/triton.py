@@ -1,4 +1,4 @@
-"""y = x[:, idx] @ w[idx, :] + bias and its two gradients: gathered and scattered inside the GEMM.
+"""y = x[:, idx] @ w[idx, :] + bias and its gradients: gathered and scattered inside the GEMM.
 
 Meaning: sparsefx/ops/sampled.py.  Tiles, and which way: kernels/_tiles.py.  Why: README.md.
 Indices lie in 0..K-1; the forward takes any order and repeats, the gradients need them unique.
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from sparsefx import ops
 from sparsefx.kernels import _tiles
+from sparsefx.kernels.scores import triton as sums
 from sparsefx.ops import gathers as meaning
 
 
 @triton.jit
-def _sampled_mm_kernel(x, w, index, bias, y, rows, cols, depth,
-                       sxi, sxk, swk, swj, st, sb, syi, syj,
-                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                       GROUP: tl.constexpr):  # fmt: skip
+def _sampled_mm_kernel(x, w, index, bias, scale, left, right, y, rows, cols, depth,
+                       sxi, sxk, swk, swj, st, sb, sc, sl, syi, syj,
+                       GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                       BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Do y = (x[:, index] * scale) @ w[index] + left right' + bias; x is gathered unless GATHER."""
     pid, across = tl.program_id(0), tl.cdiv(cols, BN)
     pi, pj = tl.swizzle2d(pid // across, pid % across, tl.cdiv(rows, BM), across, GROUP)
     i = pi.to(tl.int64) * BM + tl.arange(0, BM)[:, None]
@@ -28,19 +30,27 @@ def _sampled_mm_kernel(x, w, index, bias, y, rows, cols, depth,
     for start in range(0, depth, BK):
         drawn = t < depth - start
         k = tl.load(index + (t + start) * st, drawn, 0).to(tl.int64)  # [BK]
-        a = tl.load(x + i * sxi + k[None, :] * sxk, (i < rows) & drawn[None, :], 0.0)  # [BM, BK]
+        at = k if GATHER else t + start
+        a = tl.load(x + i * sxi + at[None, :] * sxk, (i < rows) & drawn[None, :], 0.0)  # [BM, BK]
+        if scale is not None:  # rounded, as the reference's scaled copy is
+            factor = tl.load(scale + (t + start) * sc, drawn, 0.0)[None, :]
+            a = (a.to(tl.float32) * factor).to(a.dtype)
         b = tl.load(w + k[:, None] * swk + j * swj, drawn[:, None] & (j < cols), 0.0)  # [BK, BN]
         acc = tl.dot(a, b, acc, input_precision="ieee")
+    if left is not None:  # the pair that stands for the others
+        u = tl.load(left + i * sl, i < rows, 0.0).to(tl.float32)  # [BM, 1]
+        acc += u * tl.load(right + j, j < cols, 0.0).to(tl.float32)
     if bias is not None:
         acc += tl.load(bias + j * sb, j < cols, 0.0).to(tl.float32)
     tl.store(y + i * syi + j * syj, acc.to(y.dtype.element_ty), (i < rows) & (j < cols))
 
 
 @triton.jit
-def _scattered_mm_kernel(a, b, index, y, rows, cols, depth, sai, sak, sbk, sbj, st, syi, syj,
+def _scattered_mm_kernel(a, b, index, scale, y, rows, cols, depth,
+                         sai, sak, sbk, sbj, st, sc, syi, syj,
                          GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                          GROUP: tl.constexpr):  # fmt: skip
-    """Do y[:, index] = a @ b, or a @ b[:, index] where GATHER."""
+    """Do y[:, index] = a @ b * scale, or a @ b[:, index] * scale where GATHER."""
     pid, across = tl.program_id(0), tl.cdiv(cols, BN)
     pi, pj = tl.swizzle2d(pid // across, pid % across, tl.cdiv(rows, BM), across, GROUP)
     i = pi.to(tl.int64) * BM + tl.arange(0, BM)[:, None]
@@ -55,6 +65,8 @@ def _scattered_mm_kernel(a, b, index, y, rows, cols, depth, sai, sak, sbk, sbj, 
         acc = tl.dot(u, v, acc, input_precision="ieee")
         at += tl.full((), BK, tl.int64) * sak
         bt += tl.full((), BK, tl.int64) * sbk
+    if scale is not None:
+        acc *= tl.load(scale + j * sc, j < cols, 0.0)
     tl.store(y + i * syi + to * syj, acc.to(y.dtype.element_ty), (i < rows) & (j < cols))
 
 
@@ -64,22 +76,68 @@ def sampled_mm(
 ) -> Tensor:  # fmt: skip
     """Multiply x [M, K] by w [K, N] over the K's in indices [k], add bias [N], sum in float32.
 
-    float64, mixed dtypes, large shapes, and pairs that are scaled or stood in for take the
-    reference: gathered copies, the library's GEMM.
+    float64, mixed dtypes and a scale that isn't float32 take the reference; large shapes are
+    gathered copies and the library's GEMM.
     """
-    shape = x.shape[0], w.shape[1], len(indices)
-    plain = scale is None and not rest and _adds_up(x, w, bias)
-    if not plain or not _tiles.columns_in_gemm(*shape, x.itemsize):
+    if not _adds_up(x, w, bias) or not _float32(scale):
         return ops.REFERENCES[ops.sampled_mm](x, w, indices, bias, scale, rest)
-    return fused(x, w, indices, bias)
+    left, right = _others(x, w, indices) if rest else (None, None)
+    shape = x.shape[0], w.shape[1], len(indices)
+    # columns that lie in memory as rows do (x is turned, as in a weight's gradient) are rows
+    turned = x.stride(0) < x.stride(1)
+    inside = _tiles.rows_in_gemm(*shape, x.itemsize, copies=2) if turned else (
+        _tiles.columns_in_gemm(*shape, x.itemsize))  # fmt: skip
+    if inside:
+        return fused(x, w, indices, bias, scale, left, right)
+    xs, ws = meaning.left_pairs(x, indices, scale), meaning.right_pairs(w, indices)
+    return _product(xs, ws, left, right, bias)
 
 
-def fused(x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
-    """Run sampled_mm in one launch: neither gathered operand is written."""
+def sampled_mm_weight(
+    xs: Tensor, grad: Tensor, indices: Tensor, transposed: bool, rest: bool = False
+) -> Tensor:
+    """Return [K, N]: xs [k, K] turned @ rows indices [k] of grad [M, N]; transposed, [N, K].
+
+    With rest, xs [k + 1, K] ends in what goes with the mean of grad's other rows. float64 and mixed
+    dtypes take the reference; large shapes copy the rows for the library's GEMM.
+    """
+    if not _adds_up(xs, grad):
+        return ops.REFERENCES[ops.sampled_mm_weight](xs, grad, indices, transposed, rest)
+    k, shape = len(indices), (xs.shape[1], grad.shape[1])
+    left, right = (xs[k], _others(None, grad, indices)[1]) if rest else (None, None)
+    xs = xs[:k].t()
+    if not _tiles.rows_in_gemm(*shape, k, grad.itemsize, copies=1):
+        gs = meaning.rows(grad, indices)
+        if transposed:
+            return _product(gs.t(), xs.t(), right, left, None)
+        return _product(xs, gs, left, right, None)
+    out = xs.new_empty(shape[::-1]).t() if transposed else None
+    y = fused(xs, grad, indices, None, None, left, right, out=out, gather=False)
+    return y.t() if transposed else y
+
+
+def _product(
+    xs: Tensor, ws: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Multiply gathered pairs by the library, those that stand for others as one more."""
+    if left is not None and right is not None:
+        xs, ws = torch.cat([xs, left[:, None]], 1), torch.cat([ws, right[None]])
+    return xs @ ws if bias is None else torch.addmm(bias, xs, ws)
+
+
+def fused(
+    x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None, scale: Tensor | None = None,
+    left: Tensor | None = None, right: Tensor | None = None, *,
+    out: Tensor | None = None, gather: bool = True,
+) -> Tensor:  # fmt: skip
+    """Run sampled_mm in one launch: neither gathered operand is written.
+
+    ``left`` [M] and ``right`` [N] add their outer product; without ``gather`` x is [M, k] already.
+    """
     rows, cols, depth = x.shape[0], w.shape[1], len(indices)
-    if x.shape[1] != w.shape[0]:
+    if x.shape[1] != (w.shape[0] if gather else depth):
         raise ValueError(f"x {list(x.shape)} @ w {list(w.shape)}: K differs")
-    y = x.new_empty(rows, cols)
+    y = x.new_empty(rows, cols) if out is None else out
     if not y.numel():
         return y
     b = None if bias is None else bias.expand(cols)
@@ -87,47 +145,66 @@ def fused(x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     grid = (triton.cdiv(rows, tile["BM"]) * triton.cdiv(cols, tile["BN"]),)
     with torch.cuda.device_of(x):
         _sampled_mm_kernel[grid](
-            x, w, indices, b, y, rows, cols, depth, *x.stride(), *w.stride(), *indices.stride(),
-            0 if b is None else b.stride(0), *y.stride(), **tile)  # fmt: skip
+            x, w, indices, b, scale, left, right, y, rows, cols, depth,
+            *x.stride(), *w.stride(), *indices.stride(), _step(b), _step(scale), _step(left),
+            *y.stride(), GATHER=gather, **tile)  # fmt: skip
     return y
 
 
 def sampled_mm_grad_input(
     grad: Tensor, w: Tensor, indices: Tensor, scale: Tensor | None = None, rest: bool = False
 ) -> Tensor:
-    """Return [M, K]: zeros, but columns indices [k] are grad [M, N] @ w[indices] turned."""
-    if scale is not None or rest:
+    """Return [M, K]: columns indices [k] are grad [M, N] @ w[indices] turned * scale.
+
+    The others are zeros; with rest, grad @ the mean of w's other rows. Scales multiply float32
+    sums where it is fused. float64, mixed dtypes and a scale that isn't float32 take the reference.
+    """
+    if not _adds_up(grad, w) or not _float32(scale):
         return ops.REFERENCES[ops.sampled_mm_grad_input](grad, w, indices, scale, rest)
-    y = grad.new_zeros(grad.shape[0], w.shape[0])
+    size, others = (grad.shape[0], w.shape[0]), None
+    if rest:
+        mean = _others(None, w, indices)[1]
+        others = _weighted(grad, mean, 1)
+    y = grad.new_zeros(size) if others is None else others[:, None].expand(size).contiguous()
     shape = grad.shape[0], len(indices), w.shape[1]
-    if not _adds_up(grad, w) or not _tiles.rows_in_gemm(*shape, grad.itemsize, copies=2):
-        return y.index_copy_(1, indices, grad @ meaning.rows(w, indices).t())
-    return scattered(grad, w.t(), indices, y, gather=True)
+    if _tiles.rows_in_gemm(*shape, grad.itemsize, copies=2):
+        return scattered(grad, w.t(), indices, y, scale, gather=True)
+    ws = meaning.rows(w, indices)
+    ws = ws if scale is None else meaning.scaled(ws, scale[:, None])
+    return y.index_copy_(1, indices, grad @ ws.t())
 
 
 def sampled_mm_grad_weight(
     xs: Tensor, grad: Tensor, indices: Tensor, depth: int, transposed: bool, rest: bool = False
 ) -> Tensor:
-    """Return [depth, N], zero but for rows indices [k]: xs [M, k] turned @ grad [M, N].
+    """Return [depth, N]: rows indices [k] are xs [M, k] turned @ grad [M, N], the others zeros.
 
-    ``transposed`` returns the same as [N, depth], contiguous.
+    With rest, xs has one column more, and the others share its gradient evenly. ``transposed``
+    returns the same as [N, depth], contiguous. float64 and mixed dtypes take the reference.
     """
-    if rest:
+    if not _adds_up(xs, grad):
         arguments = xs, grad, indices, depth, transposed, rest
         return ops.REFERENCES[ops.sampled_mm_grad_weight](*arguments)
-    cols = grad.shape[1]
-    y = grad.new_zeros((cols, depth) if transposed else (depth, cols))
-    turned = y if transposed else y.t()  # [N, depth]
-    shape = cols, len(indices), len(xs)
-    if not _adds_up(xs, grad) or not _tiles.rows_in_gemm(*shape, grad.itemsize, copies=1):
-        turned.index_copy_(1, indices, grad.t() @ xs if transposed else (xs.t() @ grad).t())
+    cols, k = grad.shape[1], len(indices)
+    size = (cols, depth) if transposed else (depth, cols)
+    if rest:
+        others = _weighted(grad.t(), xs[:, k], max(depth - k, 1))  # [N]
+        y = (others[:, None] if transposed else others).expand(size).contiguous()
+        xs = xs[:, :k]
     else:
+        y = grad.new_zeros(size)
+    turned = y if transposed else y.t()  # [N, depth]
+    if _tiles.rows_in_gemm(cols, k, len(xs), grad.itemsize, copies=1):
         scattered(grad.t(), xs, indices, turned, gather=False)
+    else:
+        turned.index_copy_(1, indices, grad.t() @ xs if transposed else (xs.t() @ grad).t())
     return y
 
 
-def scattered(a: Tensor, b: Tensor, indices: Tensor, y: Tensor, *, gather: bool) -> Tensor:
-    """Write a [M, D] @ b [D, k] into columns indices [k] of y; gather picks b's columns too."""
+def scattered(
+    a: Tensor, b: Tensor, indices: Tensor, y: Tensor, scale: Tensor | None = None, *, gather: bool
+) -> Tensor:
+    """Write a [M, D] @ b [D, k] * scale into columns indices [k] of y; gather picks b's too."""
     (rows, depth), cols = a.shape, len(indices)
     if depth != b.shape[0] or (not gather and cols != b.shape[1]):
         raise ValueError(f"{list(a.shape)} @ {list(b.shape)} into {cols} columns: sizes differ")
@@ -137,9 +214,35 @@ def scattered(a: Tensor, b: Tensor, indices: Tensor, y: Tensor, *, gather: bool)
     grid = (triton.cdiv(rows, tile["BM"]) * triton.cdiv(cols, tile["BN"]),)
     with torch.cuda.device_of(a):
         _scattered_mm_kernel[grid](
-            a, b, indices, y, rows, cols, depth, *a.stride(), *b.stride(), *indices.stride(),
-            *y.stride(), GATHER=gather, **tile)  # fmt: skip
+            a, b, indices, scale, y, rows, cols, depth, *a.stride(), *b.stride(),
+            *indices.stride(), _step(scale), *y.stride(), GATHER=gather, **tile)  # fmt: skip
     return y
+
+
+def _others(x: Tensor | None, w: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the columns of x [M, K] that aren't drawn, and average such rows of w [K, N]: [M], [N].
+
+    One pass over both; without x the first is empty.
+    """
+    outside = meaning.outside(indices, w.shape[0], w)  # [K]
+    count = max(len(w) - len(indices), 1)
+    sides = (w.t(), None) if x is None else (x, w.t())
+    rows = 0 if x is None else len(x)
+    y = sums.finished(sums.partial_sums(*sides, outside), w, rows, count)
+    return y[:rows], y[rows:]
+
+
+def _weighted(a: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Multiply a [R, D] by a vector [D], over count, in a's dtype."""
+    return sums.finished(sums.partial_sums(a, None, weight), a, 0, count)
+
+
+def _step(vector: Tensor | None) -> int:
+    return 0 if vector is None else vector.stride(0)
+
+
+def _float32(scale: Tensor | None) -> bool:
+    return scale is None or scale.dtype == torch.float32
 
 
 def _adds_up(*operands: Tensor | None) -> bool:
