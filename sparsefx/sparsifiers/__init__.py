@@ -13,6 +13,7 @@ from sparsefx.sparsifiers.sparsegpt import SparseGPT
 from sparsefx.sparsifiers.srste import SRSTE
 from sparsefx.sparsifiers.targets import Target, find_targets
 from sparsefx.sparsifiers.transposable import TransposableNM
+from sparsefx.sparsifiers.unstructured import Unstructured
 from sparsefx.sparsifiers.wanda import Wanda
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Step",
     "Target",
     "TransposableNM",
+    "Unstructured",
     "Wanda",
     "adam_fit",
     "find_targets",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from sparsefx.masks import nm_mask, transposable_mask
 from sparsefx.sparsifiers.mask import Mask, check_checkpoint, local, shard_like
 from sparsefx.sparsifiers.report import Report, make_report
 from sparsefx.sparsifiers.targets import Rules, Target, find_targets
+from sparsefx.sparsifiers.unstructured import P
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Layer(Generic[P]):
     """A weight and the mask on it.
 
     Args:
@@ -34,7 +35,7 @@ class Layer:
 
     target: Target
     mask: Mask
-    pattern: NM
+    pattern: P
     order: tuple[str, ...]
 
     @property
@@ -43,7 +44,7 @@ class Layer:
         return self.target.weight  # type: ignore[return-value]
 
 
-class Sparsifier:
+class Sparsifier(Generic[P]):
     """Masks on a model's weights, from construction until squash().
 
     Construct it on the plain model, before torch.compile, DDP and ``fully_shard``; parameters keep
@@ -73,7 +74,7 @@ class Sparsifier:
     def __init__(
         self,
         model: nn.Module,
-        pattern: NM,
+        pattern: P,
         rules: Rules = None,
         *,
         straight_through: bool = True,
@@ -92,7 +93,7 @@ class Sparsifier:
             for target, wanted in targets
         ]
         self.model = model
-        self.layers: dict[str, Layer] = {}
+        self.layers: dict[str, Layer[P]] = {}
         for (target, wanted), values in zip(targets, made, strict=True):
             placed = torch.empty_like(target.weight, dtype=torch.bool).copy_(values)  # its strides
             mask = Mask(placed, wanted, straight_through=straight_through)
@@ -110,11 +111,20 @@ class Sparsifier:
 
     # --- what a method of its own may override
 
-    def check_targets(self, targets: list[tuple[Target, NM]]) -> None:
+    def check_targets(self, targets: list[tuple[Target, P]]) -> None:
         """Raise SparsifierError for targets that this sparsifier can't take."""
 
-    def make_mask(self, target: Target, pattern: NM, weight: Tensor, step: int) -> Tensor:
-        """Return a mask for the whole stored weight, in its layout: here by magnitude."""
+    def make_mask(self, target: Target, pattern: P, weight: Tensor, step: int) -> Tensor:
+        """Return a mask for the whole stored weight, in its layout: here by magnitude.
+
+        Raises:
+            SparsifierError: the pattern has no groups, and the method makes no mask of its own.
+        """
+        if not isinstance(pattern, NM):
+            raise SparsifierError(
+                f"{type(self).__name__} makes no mask for {pattern}: pass masks={{layer: mask}} "
+                f"for layer {target.name!r} too"
+            )
         matrix = target.matrix(weight)
         if pattern.transposable:
             return target.unmatrix(transposable_mask(matrix, pattern.n, pattern.m))
@@ -123,7 +133,7 @@ class Sparsifier:
     def begin(self, step: int) -> None:
         """Do what comes before any layer advances to a step, without gradients: here nothing."""
 
-    def advance(self, layer: Layer, step: int) -> None:
+    def advance(self, layer: Layer[P], step: int) -> None:
         """Bring one layer to a step, without gradients: here nothing changes."""
 
     @property
@@ -131,7 +141,7 @@ class Sparsifier:
         """Whether a parameter without :meth:`hook`'s hooks would be trained wrongly."""
         return False
 
-    def hook(self, layer: Layer, parameter: nn.Parameter) -> list[RemovableHandle]:
+    def hook(self, layer: Layer[P], parameter: nn.Parameter) -> list[RemovableHandle]:
         """Put what this sparsifier needs on a parameter: here nothing."""
         return []
 
@@ -274,20 +284,20 @@ class Sparsifier:
 
 
 @torch.no_grad()
-def clear_outside(layer: Layer) -> None:
+def clear_outside(layer: Layer[P]) -> None:
     """Set the parameter to exactly zero outside its mask, in place."""
     here = local(layer.weight)
     here.copy_(torch.where(shard_like(layer.mask.mask, layer.weight), here, 0))
 
 
-def _register(target: Target, mask: Mask, pattern: NM) -> Layer:
+def _register(target: Target, mask: Mask, pattern: P) -> Layer[P]:
     order = tuple(target.module._parameters)
     mask.train(target.module.training)
     parametrize.register_parametrization(target.module, target.tensor_name, mask, unsafe=True)
     return Layer(target, mask, pattern, order)
 
 
-def unregister(model: nn.Module, layer: Layer) -> None:
+def unregister(model: nn.Module, layer: Layer[P]) -> None:
     """Take one layer's mask off the model, parameters in their old order; values stay."""
     module, name = layer.target.module, layer.target.tensor_name
     compat.remove_parametrization(model, module, name)
@@ -298,7 +308,7 @@ def unregister(model: nn.Module, layer: Layer) -> None:
 
 
 def _attach_after_load(
-    owner: weakref.ref[Sparsifier],
+    owner: weakref.ref[Sparsifier[P]],
 ) -> Callable[[nn.Module, Any], None]:
     """Make a load_state_dict post-hook that a copy of the model may carry along."""
 

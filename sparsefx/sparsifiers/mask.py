@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefx.config import NM
 from sparsefx.errors import SparsifierError
+from sparsefx.sparsifiers.unstructured import MaskPattern, numbers_of, written
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -34,9 +34,10 @@ class Mask(nn.Module):
     """``where(mask, w, 0)``, registered with ``torch.nn.utils.parametrize``.
 
     Buffers, all persistent: ``mask`` (bool, the stored weight's shape and layout), ``pattern``
-    (int64 [3]: n, m, transposable), ``step`` (int64 scalar, number of step() calls seen) and
-    ``flips`` (int64 [2]: mask entries that the last refresh turned, and all refreshes together).
-    Their values change in place, so a compiled model runs on.
+    (int64 [3]: n, m, transposable, or what :func:`numbers_of` makes of another pattern), ``step``
+    (int64 scalar, number of step() calls seen) and ``flips`` (int64 [2]: mask entries that the last
+    refresh turned, and all refreshes together). Their values change in place, so a compiled model
+    runs on.
 
     Args:
         mask: bool, of the weight's shape.
@@ -49,11 +50,11 @@ class Mask(nn.Module):
     step: Tensor
     flips: Tensor
 
-    def __init__(self, mask: Tensor, pattern: NM, *, straight_through: bool) -> None:
+    def __init__(self, mask: Tensor, pattern: MaskPattern, *, straight_through: bool) -> None:
         """Register the buffers."""
         super().__init__()
         self.straight_through = straight_through
-        numbers = (pattern.n, pattern.m, pattern.transposable)
+        numbers = numbers_of(pattern)
         self.register_buffer("mask", mask)
         self.register_buffer("pattern", torch.tensor(numbers, device=mask.device).long())
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=mask.device))
@@ -79,8 +80,8 @@ class Mask(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows."""
-        n, m, transposable = self.pattern.tolist()
-        return f"{n}:{m}{' transposable' * transposable}, straight_through={self.straight_through}"
+        pattern = written(self.pattern.tolist())
+        return f"{pattern}, straight_through={self.straight_through}"
 
 
 def is_sharded(w: Tensor) -> bool:
@@ -141,10 +142,6 @@ def _check_pattern(part: Mask, path: str, saved: Tensor) -> None:
     theirs, ours = saved.tolist(), part.pattern.tolist()
     if theirs != ours:
         raise SparsifierError(
-            f"the checkpoint's mask of {plain_key(path)!r} is {_written(theirs)}, this "
-            f"sparsifier's is {_written(ours)}: construct it with the checkpoint's pattern"
+            f"the checkpoint's mask of {plain_key(path)!r} is {written(theirs)}, this "
+            f"sparsifier's is {written(ours)}: construct it with the checkpoint's pattern"
         )
-
-
-def _written(pattern: list[int]) -> str:
-    return f"{pattern[0]}:{pattern[1]}" + " transposable" * bool(pattern[2])

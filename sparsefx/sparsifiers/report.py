@@ -12,6 +12,7 @@ from sparsefx.sparsifiers.mask import full
 
 if TYPE_CHECKING:
     from sparsefx.sparsifiers.base import Layer
+    from sparsefx.sparsifiers.unstructured import P
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Report:
         return "\n".join([*lines, f"after {self.steps} steps", *(["dense:", *dense] * bool(dense))])
 
 
-def make_report(layers: Mapping[str, Layer], skipped: Mapping[str, str], steps: int) -> Report:
+def make_report(layers: Mapping[str, Layer[P]], skipped: Mapping[str, str], steps: int) -> Report:
     """Look at every layer once. Waits for the device; gathers shards."""
     rows = []
     for name, layer in layers.items():

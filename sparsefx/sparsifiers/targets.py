@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefx.config import NM, Dense, Rule
+from sparsefx.config import NM, Dense, Masked, Rule
 from sparsefx.errors import SparsifierError
 from sparsefx.sparsifiers.mask import Mask, is_sharded
+from sparsefx.sparsifiers.unstructured import MaskPattern, P
 
 Rules = Sequence[Rule | str | type] | None
 
@@ -85,8 +86,8 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, rules: Rules, pattern: NM
-) -> tuple[list[tuple[Target, NM]], dict[str, str]]:
+    model: nn.Module, rules: Rules, pattern: P
+) -> tuple[list[tuple[Target, P]], dict[str, str]]:
     """Decide which weights are masked, and with which pattern. Changes nothing.
 
     Args:
@@ -94,8 +95,9 @@ def find_targets(
         rules: None gives every supported layer ``pattern``. Otherwise the first entry that matches
             a layer decides: a :class:`sparsefx.Rule` (glob on the qualified name, type of the
             layer or of a module around it, or a predicate, called with the :class:`Target`;
-            its ``forward`` is an NM or ``Dense()``), or a glob or a type, for
-            ``Rule(it, forward=pattern)``. Layers that no entry matches are left alone.
+            its ``forward`` is an NM, or ``Masked()`` where the pattern has no groups, or
+            ``Dense()``), or a glob or a type, for a rule that says ``pattern``. Layers that no
+            entry matches are left alone.
         pattern: for all that a rule doesn't say otherwise.
 
     Returns:
@@ -107,22 +109,22 @@ def find_targets(
             carries a mask, is on the meta device, sharded or holds a NaN; no layer is left.
     """
     entries = _entries(rules, pattern)
-    found: list[tuple[Target, NM]] = []
+    found: list[tuple[Target, P]] = []
     skipped: dict[str, str] = {}
     used: set[int] = set()
     owners = owners_of(model)
     for target in all_targets(model):
         matching = [i for i, rule in enumerate(entries) if matches(rule, target)]
         used.update(matching)
-        wanted = entries[matching[0]].forward if matching else Dense()
+        wanted = _wanted(entries[matching[0]], pattern) if matching else None
         reason = "" if matching else "no rule matches"
-        if matching and isinstance(wanted, Dense):
+        if matching and wanted is None:
             reason = "the rule says Dense()"
-        if not reason and isinstance(wanted, NM):
+        if wanted is not None:
             reason = _unfit(target, wanted, owners)
-        if reason:
+        if reason or wanted is None:
             skipped[target.name] = reason
-        elif isinstance(wanted, NM):
+        else:
             found.append((target, wanted))
     _check_rules(entries, used, found, skipped)
     for target, _ in found:
@@ -164,19 +166,33 @@ def _types(model: nn.Module, path: str) -> tuple[type, ...]:
     return tuple(type(module) for module in around)
 
 
-def _entries(rules: Any, pattern: NM) -> list[Rule]:
+def _entries(rules: Any, pattern: MaskPattern) -> list[Rule]:
     if rules is None:
-        return [Rule("*", forward=pattern)]
+        return [_entry("*", pattern)]
     if isinstance(rules, str | type | Rule) or not isinstance(rules, Sequence):
         raise SparsifierError(f"rules={rules!r} must be None or a list of Rule, glob or type")
     return [_entry(entry, pattern) for entry in rules]
 
 
-def _entry(entry: object, pattern: NM) -> Rule:
+def _wanted(rule: Rule, pattern: P) -> P | None:
+    """What a rule says, None for nothing; ``Masked()`` stands for a pattern without groups."""
+    if isinstance(rule.forward, Dense):
+        return None
+    return rule.forward if isinstance(pattern, NM) else pattern  # type: ignore[return-value]
+
+
+def _entry(entry: object, pattern: MaskPattern) -> Rule:
     if isinstance(entry, str | type):
-        return Rule(entry, forward=pattern)
+        return Rule(entry, forward=pattern if isinstance(pattern, NM) else Masked())
     if not isinstance(entry, Rule):
         raise SparsifierError(f"rules holds {entry!r}; pass a Rule, a glob on names or a type")
+    if not isinstance(pattern, NM):
+        if not isinstance(entry.forward, Masked | Dense):
+            raise SparsifierError(
+                f"rule {entry.match!r} says {entry.forward}; this sparsifier has masks of its own: "
+                "say Masked() or Dense()"
+            )
+        return entry
     if not isinstance(entry.forward, NM | Dense):
         raise SparsifierError(
             f"rule {entry.match!r} says {entry.forward}; a sparsifier takes an NM or Dense()"
@@ -210,7 +226,7 @@ def owners_of(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _unfit(target: Target, pattern: NM, owners: dict[int, list[str]]) -> str:
+def _unfit(target: Target, pattern: MaskPattern, owners: dict[int, list[str]]) -> str:
     """Why a weight stays dense, or ""; a mask of ours on it is an error."""
     if target.kind == "transposed conv":
         return "transposed convolution"
@@ -236,7 +252,7 @@ def _unfit(target: Target, pattern: NM, owners: dict[int, list[str]]) -> str:
         return f"dtype {weight.dtype} is not a real floating-point type"
     if target.kind == "conv" and target.groups > 1 and weight.shape[1] == 1:
         return "depthwise convolution: one input channel per group"
-    return indivisible(target, weight, pattern)
+    return indivisible(target, weight, pattern) if isinstance(pattern, NM) else ""
 
 
 def indivisible(target: Target, weight: Tensor, pattern: NM) -> str:
@@ -255,7 +271,7 @@ def indivisible(target: Target, weight: Tensor, pattern: NM) -> str:
 def _check_rules(
     entries: list[Rule],
     used: set[int],
-    found: list[tuple[Target, NM]],
+    found: list[tuple[Target, P]],
     skipped: dict[str, str],
 ) -> None:
     for i, rule in enumerate(entries):
