@@ -1,6 +1,7 @@
 """Masks: which weights act. Plain functions of torch tensors, usable without the compiler."""
 
 from sparsefx.masks.certificate import Certificate, certify
+from sparsefx.masks.devices import accelerate
 from sparsefx.masks.diversity import Diversity, mask_diversity
 from sparsefx.masks.finding import FoundPattern, find_pattern
 from sparsefx.masks.magnitude import nm_mask
@@ -12,6 +13,7 @@ __all__ = [
     "Diversity",
     "FoundPattern",
     "Verdict",
+    "accelerate",
     "certify",
     "density",
     "find_pattern",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsefx.compat import holds_values
 from sparsefx.errors import MaskError
-from sparsefx.masks import entropic, exact, greedy, patterns
+from sparsefx.masks import devices, entropic, exact, greedy, patterns
 from sparsefx.masks.certificate import Certificate, certificate
 from sparsefx.masks.checks import check_matrix, check_pattern, check_values, check_weight
 from sparsefx.masks.magnitudes import FLOATS, real_magnitudes
@@ -88,10 +88,15 @@ def transposable_mask(
             "on the values; call torch.ops.sparsefx.nm_mask, or use m <= 4 with solver='exact'"
         )
     real = w.detach() if w.dtype in FLOATS else real_magnitudes(w)
-    mask = map_tiles(real, m, partial(_SOLVE[solver], n=n))
+    mask = _mask(real, n, m, solver)
     if not return_certificate:
         return mask
     best = mask
     if solver not in ("auto", "exact"):
-        best = map_tiles(real, m, partial(exact.solve, n=n))
+        best = _mask(real, n, m, "exact")
     return mask, certificate(real, mask, best, n, m)
+
+
+def _mask(real: Tensor, n: int, m: int, solver: Solver) -> Tensor:
+    mask = devices.solve(real, n, m, "exact" if solver == "auto" else solver)
+    return map_tiles(real, m, partial(_SOLVE[solver], n=n)) if mask is None else mask

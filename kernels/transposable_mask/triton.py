@@ -1,0 +1,42 @@
+"""Transposable masks on a GPU: which kernel makes which; what none serves is left to the operators.
+
+Meaning: sparsefx/masks/transposable.py, magnitude.py.  Derivations: README.md.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsefx.kernels import _tiles
+from sparsefx.kernels.transposable_mask import exact, small
+
+SIDES = (4, 8, 16, 32)
+
+
+def solve(w: Tensor, n: int, m: int, solver: str) -> Tensor | None:
+    """Make a transposable mask, as ``masks.transposable_mask`` does.
+
+    Served: m of 4, 8, 16 and 32 that divides both sizes, in float32, float16 and bfloat16, by
+    the solver "exact".
+
+    Args:
+        w: [rows, cols, *taps], any strides.
+        n: kept per row and column of a tile, 1 <= n < m.
+        m: the side of a tile.
+        solver: "exact", "greedy" or "entropic".
+
+    Returns:
+        bool, the shape of w, the taps outermost in memory; None for what isn't served.
+    """
+    whole = not (w.shape[0] % m or w.shape[1] % m)
+    if solver != "exact" or m not in SIDES or w.dtype not in _tiles.DTYPES or not whole:
+        return None
+    taps = w.permute(*range(2, w.dim()), 0, 1)  # [*taps, rows, cols]
+    mask = torch.empty(taps.shape, dtype=torch.bool, device=w.device)
+    if w.numel():
+        operands = _as_matrices(taps), _as_matrices(mask.view(torch.uint8))
+        small.solve(*operands, n) if m == 4 else exact.solve(*operands, n, m)
+    return mask.permute(-2, -1, *range(w.dim() - 2))
+
+
+def _as_matrices(w: Tensor) -> Tensor:
+    return w.reshape(-1, *w.shape[-2:])
