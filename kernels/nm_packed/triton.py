@@ -19,9 +19,7 @@ SUM_BLOCK = 1024  # results that a program adds up over the splits
 @triton.jit
 def _bits_of(values):
     """Numbers as integers of their size: moved by these, a NaN and a -0.0 stay what they are."""
-    if values.dtype == tl.float32:
-        return values.to(tl.int32, bitcast=True)
-    return values.to(tl.int16, bitcast=True)
+    return values.to(tl.int32 if values.dtype == tl.float32 else tl.int16, bitcast=True)
 
 
 @triton.jit
@@ -43,12 +41,14 @@ def _largest(key, N: tl.constexpr, M: tl.constexpr):
         last = tl.max(key, axis=3, keep_dims=True)
         for _ in tl.static_range(1, N):
             last = tl.max(tl.where(key < last, key, -1), axis=3, keep_dims=True)
-        return key >= last
-    TOP: tl.constexpr = (1 << 62) if key.dtype == tl.int64 else (1 << 30)
-    last = tl.min(tl.where(key < 0, TOP, key), axis=3, keep_dims=True)
-    for _ in tl.static_range(1, M - N):
-        last = tl.min(tl.where(key > last, key, TOP), axis=3, keep_dims=True)
-    return key > last
+        keep = key >= last
+    else:
+        TOP: tl.constexpr = (1 << 62) if key.dtype == tl.int64 else (1 << 30)
+        last = tl.min(tl.where(key < 0, TOP, key), axis=3, keep_dims=True)
+        for _ in tl.static_range(1, M - N):
+            last = tl.min(tl.where(key > last, key, TOP), axis=3, keep_dims=True)
+        keep = key > last
+    return keep
 
 
 @triton.jit
@@ -197,10 +197,7 @@ def _packed_mm_kernel(x, values, codes, bias, y, rows, cols, groups, width, each
     i = (pid // across).to(tl.int64) * BM + tl.arange(0, BM)
     j = (pid % across).to(tl.int64) * BN + tl.arange(0, BN)
     lane = _place(BK, M, MP)
-    if DOT:
-        acc = tl.zeros((BN, BM), tl.float32)
-    else:
-        acc = tl.zeros((BM, BN, BK), tl.float32)
+    acc = tl.zeros((BN, BM) if DOT else (BM, BN, BK), tl.float32)
     begin = split * each * G
     for first in range(begin, tl.minimum(begin + each * G, groups), G):
         w = _expanded(values, codes, j, first, cols, groups, width, svr, svk, scr, sck,
@@ -220,10 +217,7 @@ def _packed_mm_kernel(x, values, codes, bias, y, rows, cols, groups, width, each
                 0.0,
             )  # [BM, BK]
             acc += a[:, None, :].to(tl.float32) * w[None, :, :].to(tl.float32)
-    if DOT:
-        out = tl.trans(acc)
-    else:
-        out = tl.sum(acc, axis=2)
+    out = tl.trans(acc) if DOT else tl.sum(acc, axis=2)
     if bias is not None:
         out += tl.load(bias + j * sb, j < cols, 0.0).to(tl.float32)[None, :]
     to = y + (split * rows + i[:, None]) * cols + j[None, :]

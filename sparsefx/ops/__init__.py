@@ -26,7 +26,7 @@ from sparsefx.ops.nm import (
     nm_mask,
     nm_mm,
 )
-from sparsefx.ops.packed import nm_pack, nm_packed_mm, nm_unpack
+from sparsefx.ops.packed import nm_pack, nm_pack_both, nm_packed_mm, nm_unpack
 from sparsefx.ops.sampled import (
     after,
     gather_columns,
@@ -80,6 +80,7 @@ __all__ = [
     "nm_packed_mm",
     "nm_unpack",
     "sampled_bmm",
+    "nm_pack_both",
     "sampled_bmm_grad_input",
     "sampled_bmm_grad_weight",
     "sampled_bmm_weight",

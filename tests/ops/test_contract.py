@@ -86,6 +86,7 @@ def matrix_calls(dtype, layout):
             yield name, ops.nm_packed_mm, (x, values, codes, b, 2, 4)
         yield name, ops.take_columns, (x, indices)
         for others in (None, torch.randn(m, 1).to(dtype)):
+        yield name, ops.nm_pack_both, (square, square > 0, 2, 4)
             yield name, ops.scattered_mm, (grad, w.t()[:, :few], indices, k, others)
         yield name, ops.sum_rows, (x, False)
         for turned, rest in itertools.product((False, True), repeat=2):
