@@ -11,6 +11,7 @@ from sparsefx.passes.cleanup import cleanup
 from sparsefx.passes.find_sites import find_sites
 from sparsefx.passes.fuse_epilogues import fuse_epilogues
 from sparsefx.passes.inline_references import inline_references
+from sparsefx.passes.lower_vendor import lower_vendor
 from sparsefx.passes.pack_frozen import pack_frozen
 from sparsefx.passes.recognize_masks import recognize_masks
 from sparsefx.passes.rewrite_masked import rewrite_masked
@@ -26,6 +27,7 @@ __all__ = [
     "find_sites",
     "fuse_epilogues",
     "inline_references",
+    "lower_vendor",
     "pack_frozen",
     "recognize_masks",
     "rewrite_masked",

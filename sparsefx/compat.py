@@ -717,3 +717,98 @@ def on_values() -> Any:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+# --- 2:4 products of the vendor's libraries
+
+_CUTLASS_HOLDS = (8, 9)  # major capabilities for which torch builds CUTLASS's 2:4 products
+_CUSPARSELT_SINCE = {8: 400, 9: 600, 10: 700, 12: 700}  # by major capability, of the library
+
+
+def semi_structured_library(device: torch.device) -> str:
+    """Return what multiplies 2:4 weights on a device: "cusparselt", "cutlass" or "" for nothing."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return ""
+    major = torch.cuda.get_device_capability(device)[0]
+    version = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else 0
+    return semi_structured_choice(major, version or 0)
+
+
+def semi_structured_choice(major: int, cusparselt: int) -> str:
+    """Return the library for a capability's major number and cuSPARSELt's version, 0 for none."""
+    if cusparselt and cusparselt >= _CUSPARSELT_SINCE.get(major, sys.maxsize):
+        return "cusparselt"
+    return "cutlass" if major in _CUTLASS_HOLDS else ""
+
+
+# Both sides of a weight: torch's own classes ask cuSPARSELt for 16, of which 32 is a safe multiple
+# for rows and columns alike; CUTLASS for 32 rows and 64 columns, and each side is both.
+SEMI_STRUCTURED_STEP = {"cusparselt": 32, "cutlass": 64}
+
+
+def semi_structured_step() -> int:
+    """Return what both sides of a weight are multiples of on the current device, 0 if none fit."""
+    library = semi_structured_library(torch.device("cuda"))
+    return SEMI_STRUCTURED_STEP.get(library, 0)
+
+
+def semi_structured_version() -> str:
+    """Return what an algorithm's number and speed hold for: torch and its cuSPARSELt."""
+    return f"torch {torch.__version__}, cuSPARSELt {torch.backends.cusparselt.version()}"
+
+
+def semi_structured_algorithms() -> int:
+    """Return how many algorithm ids are worth a try; an id that isn't there raises RuntimeError."""
+    known = torch.backends.cusparselt.get_max_alg_id()  # torch knows it of few versions
+    return 70 if known is None else known + 1
+
+
+def semi_structured_compress(library: str, kept: Tensor) -> Tensor:
+    """Compress a contiguous weight [R, K] that holds 2 of every 4 along K, into [R, K*9/16]."""
+    rows, cols = kept.shape
+    if library == "cusparselt":
+        return torch._cslt_compress(kept).view(rows, -1)
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    values, places = sparse_semi_structured_from_dense_cutlass(kept)
+    flat = torch.cat([values.reshape(-1), places.reshape(-1).view(kept.dtype)])
+    return flat.view(rows, cols // 16 * 9)  # rows of a flat buffer, not of the weight
+
+
+def semi_structured_mm(
+    library: str, packed: Tensor, x: Tensor, bias: Tensor | None, algorithm: int
+) -> Tensor:
+    """Multiply contiguous x [M, K] by the transpose of a compressed weight [N, K].
+
+    Args:
+        library: which compressed it.
+        packed: [N, K*9/16].
+        x: M is a multiple of 16.
+        bias: [N] or None.
+        algorithm: an id of cuSPARSELt's; CUTLASS has one algorithm.
+
+    Returns:
+        [M, N], contiguous.
+    """
+    if library == "cusparselt":
+        return torch._cslt_sparse_mm(
+            packed, x.t(), bias=bias, transpose_result=True, alg_id=algorithm
+        )
+    (rows, depth), flat = (len(packed), x.shape[1]), packed.reshape(-1)
+    kept = rows * depth // 2
+    values, places = flat[:kept].view(rows, -1), flat[kept:].view(torch.int16).view(rows, -1)
+    if bias is None:
+        y = torch._sparse_semi_structured_mm(values, places, x.t())
+    else:
+        y = torch._sparse_semi_structured_addmm(bias, values, places, x.t())
+    return y.t().contiguous()
+
+
+def semi_structured_suggested(packed: Tensor, x: Tensor, bias: Tensor | None) -> int:
+    """Return the algorithm id that cuSPARSELt's own search finds for a product."""
+    return int(torch._cslt_sparse_mm_search(packed, x.t(), bias=bias, transpose_result=True))
+
+
+def recording(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded: nothing may wait for the device then."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

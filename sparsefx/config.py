@@ -45,7 +45,7 @@ _PATTERNS: dict[str, type[Dense] | type[NM] | type[Sampled] | type[Masked]] = {
     "masked": Masked,
 }
 Match = str | type | Callable[["Site"], bool]
-LOWERINGS = ("reference", "triton", "cpp")  # what a rule may force
+LOWERINGS = ("reference", "triton", "cpp", "vendor")  # what a rule may force
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class Rule:
             full product; another pattern replaces the product.
         grad_weight: likewise; never ``NM``, since neither operand is a weight. Neither gradient
             can be ``Masked``: what follows the forward does so by itself.
-        lowering: ``None`` chooses what runs; ``"triton"``, ``"cpp"`` or ``"reference"`` forces it
-            for every sparse product of the layer. Where a product has no kernel of that kind on
-            its device, compiling raises ConfigError.
+        lowering: ``None`` chooses what runs; ``"triton"``, ``"cpp"``, ``"vendor"`` (2:4 by
+            cuSPARSELt or CUTLASS) or ``"reference"`` forces it for every sparse product of the
+            layer. Where a product has no kernel of that kind on its device, compiling raises
+            ConfigError.
 
     Raises:
         ConfigError: for a match, a pattern or a lowering that is none of these.

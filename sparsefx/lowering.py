@@ -8,14 +8,20 @@ from sparsefx import cost
 from sparsefx.config import LOWERINGS, NM, Pattern, Sampled
 from sparsefx.errors import ConfigError
 from sparsefx.kernels import kernel_for
-from sparsefx.plan import Plan
+from sparsefx.plan import Plan, Site
 
 MASKED_DENSE = "masked dense"
-_KINDS = {"triton": "triton", "C++": "cpp"}  # by the first word of a kernel's name
+READS_KEPT = "C++ masked_mm"  # a masked product that isn't one
+# by the first word of a kernel's name
+_KINDS = {"triton": "triton", "C++": "cpp", "vendor": "vendor"}
 
 
 def lowering_of(
-    op: str, device: str, pattern: Pattern | None = None, forced: str | None = None
+    op: str,
+    device: str,
+    pattern: Pattern | None = None,
+    forced: str | None = None,
+    site: Site | None = None,
 ) -> str:
     """Name what a sparse op runs as: a kernel, or the kind of reference.
 
@@ -24,11 +30,12 @@ def lowering_of(
         device: type of the device.
         pattern: that the op serves, where known; kernels leave some to the reference.
         forced: what the rule forces, see :class:`sparsefx.config.Rule`.
+        site: the product, where known; a kernel that reads what is kept serves some.
     """
     kernel = kernel_for(op, device)
-    if kernel is not None and forced != "reference" and not _beyond_kernels(op, pattern):
+    if kernel is not None and forced != "reference" and not _left(op, device, pattern, forced, site):
         return str(kernel)
-    if cost.executes_dense(op) or op.startswith("nm_packed"):  # the latter is unpacked
+    if cost.executes_dense(op) or op.startswith(("nm_packed", "nm24")):  # these are unpacked
         return MASKED_DENSE
     return "gathered conv" if "conv" in op else "gathered GEMM"
 
@@ -53,19 +60,20 @@ def check_forced(plans: Iterable[Plan], ops: Mapping[tuple[int, str], str]) -> N
         op = ops.get((site.group, site.role), "")
         if decision is None or decision.dense or decision.lowering is None or not op:
             continue
-        found = _available(op, site.device, decision.pattern)
+        found = _available(op, site, decision.pattern)
         if decision.lowering not in found:
             there = " and ".join(f"{kind!r} ({name})" for kind, name in found.items())
             raise ConfigError(
                 f"Rule: lowering={decision.lowering!r}: {site.layer} {site.role} as "
                 f"{decision.pattern} is {op} on {site.device}, which has {there}; force that, or "
-                "leave lowering=None"
+                f"leave lowering=None{'; ' * bool(decision.note)}{decision.note}"
             )
 
 
-def _available(op: str, device: str, pattern: Pattern) -> dict[str, str]:
+def _available(op: str, site: Site, pattern: Pattern) -> dict[str, str]:
     """What can serve an op, by kind."""
-    names = [lowering_of(op, device, pattern, forced) for forced in (None, "reference")]
+    ways = (None, "reference", "cpp")
+    names = [lowering_of(op, site.device, pattern, forced, site) for forced in ways]
     found = {kind_of(name): name for name in names}
     # a transposable mask loops over values: no graph can stand in for the kernel's op
     loops = op.startswith("nm_") and isinstance(pattern, NM) and pattern.transposable
@@ -74,10 +82,19 @@ def _available(op: str, device: str, pattern: Pattern) -> dict[str, str]:
     return {kind: found[kind] for kind in LOWERINGS if kind in found}
 
 
+def _left(
+    op: str, device: str, pattern: Pattern | None, forced: str | None, site: Site | None
+) -> bool:
+    """Whether the kernel that there is leaves a product to the reference."""
+    if (op, device) == ("masked_mm", "cpu"):
+        return site is None or pattern is None or not cost.reads_kept(site, pattern, forced)
+    return _beyond_kernels(op, pattern)
+
+
 def _beyond_kernels(op: str, pattern: Pattern | None) -> bool:
-    """Whether pairs are scaled, or stood in for: kernels leave both to the reference."""
-    if not isinstance(pattern, Sampled):
+    """Whether pairs of a convolution are scaled, or stood in for: its kernels leave both."""
+    if not isinstance(pattern, Sampled) or "conv" not in op:
         return False
     scaled = pattern.random or pattern.mass is not None
-    holds_scale = op == "sampled_mm_grad_weight"  # its operand was scaled when it was gathered
+    holds_scale = op == "sampled_conv_grad_weight"  # its operand was scaled when it was gathered
     return pattern.estimator == "topk_mean" or (scaled and not holds_scale)

@@ -82,6 +82,7 @@ def build(config: SparseConfig, exclusions: _Exclusions | None = None) -> list[t
         ("rewrite_sampled", passes.rewrite_sampled),
         ("pack_frozen", partial(passes.pack_frozen, freeze=config.freeze)),
         ("share_masks", passes.share_masks),
+        ("lower_vendor", passes.lower_vendor),
         *((getattr(function, "__name__", "pass"), function) for function in own),
         ("cleanup", passes.cleanup),
         ("sum_rows", partial(passes.sum_rows, excluded=known.nodes)),
@@ -159,6 +160,11 @@ def _learn(outcome: Outcome, name: str, gm: GraphModule, result: PassResult) -> 
             if plan is not None and node.target is ops.nm_packed_mm:
                 _annotate(outcome, plan, _PACKED)
             elif plan is not None and node.name in result.skipped:
+                _annotate(outcome, plan, result.skipped[node.name])
+    elif name == "lower_vendor":
+        for node in gm.graph.nodes:
+            plan = plan_of(node)
+            if plan is not None and node.name in result.skipped:
                 _annotate(outcome, plan, result.skipped[node.name])
     elif name == "cleanup":
         for node in gm.graph.nodes:

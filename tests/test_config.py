@@ -466,8 +466,8 @@ def test_plain_data():
 
 
 @pytest.mark.parametrize("lowering", ["cuda", 1, ""])
-def test_a_lowering_is_one_of_three(lowering):
-    said = f"Rule: lowering={lowering!r} is not one of 'reference', 'triton', 'cpp'"
+def test_a_lowering_is_one_of_four(lowering):
+    said = f"Rule: lowering={lowering!r} is not one of 'reference', 'triton', 'cpp', 'vendor'"
     with refuses(said):
         Rule("*", lowering=lowering)
 

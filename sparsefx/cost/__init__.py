@@ -5,6 +5,7 @@ from sparsefx.cost.calibrated import digest, pace_of, table
 from sparsefx.cost.choice import predicted, predicted_dense, told, unprofitable
 from sparsefx.cost.expressions import Expressions, expressions
 from sparsefx.cost.fitting import Fit, Sample, fit
+from sparsefx.cost.kept import reads_kept
 from sparsefx.cost.measured import Calibration, Measured
 from sparsefx.cost.paces import MARGIN, PACES, Pace
 from sparsefx.cost.products import (
@@ -13,6 +14,7 @@ from sparsefx.cost.products import (
     packed_weight_bytes,
     sparse_flops,
 )
+from sparsefx.cost.vendor import vendor_pays
 from sparsefx.cost.work import Work, dense_work, sampled_work, total
 
 __all__ = [
@@ -37,10 +39,12 @@ __all__ = [
     "packed_weight_bytes",
     "predicted",
     "predicted_dense",
+    "reads_kept",
     "sampled_work",
     "sparse_flops",
     "table",
     "told",
     "total",
     "unprofitable",
+    "vendor_pays",
 ]

@@ -10,8 +10,10 @@ from sparsefx.cost.algebra import number
 from sparsefx.cost.breakeven import break_even
 from sparsefx.cost.calibrated import pace_of
 from sparsefx.cost.expressions import sizes_of
+from sparsefx.cost.kept import FEWEST_ROWS, kept_work, reads_kept
 from sparsefx.cost.paces import MARGIN
 from sparsefx.cost.products import executes_dense
+from sparsefx.cost.vendor import vendor_serves
 from sparsefx.cost.work import (
     Work,
     dense_work,
@@ -39,7 +41,8 @@ def predicted(site: Site, pattern: Pattern, op: str, sampled: Site | None = None
     Args:
         site: the product.
         pattern: what it becomes.
-        op: the op that serves it, which says how: packed, with a masked weight, or sampled.
+        op: the op that serves it, which says how: packed, with a masked weight, or sampled; the
+            kernel's name where it reads what is kept.
         sampled: the layer's forward, where the product is derived from it and uses its sample.
 
     Returns:
@@ -50,6 +53,8 @@ def predicted(site: Site, pattern: Pattern, op: str, sampled: Site | None = None
     if isinstance(pattern, Sampled):
         chain = [site] if sampled is None else [sampled, site]
         return _time(site, sampled_works(chain, pattern)[-1])
+    if op == "C++ masked_mm":
+        return _time(site, kept_work(site, pattern))
     if isinstance(pattern, NM) and "packed" in op:
         return _time(site, packed_work(site, pattern))
     return _time(site, masked_work(site) if executes_dense(op) else dense_work(site))
@@ -63,8 +68,9 @@ def unprofitable(sites: Sequence[Site], pattern: Pattern, packed: bool = False) 
     """Reason to leave products dense on this machine, or "".
 
     N:M and stored masks run as a masked dense product, so they gain nothing; but for weights that
-    are packed once, times few rows, on a cpu. Sampled products have to take less time than the
-    full ones, scores, choice, gathers and zeros included.
+    are packed once, times few rows, on a cpu, and for transposable 2:4 times many rows on a GPU for
+    which there is a vendor's library. Sampled products have to take less time than the full ones,
+    scores, choice, gathers and zeros included.
 
     Args:
         sites: a product and those derived from it, which are worth what their sum is worth.
@@ -74,6 +80,10 @@ def unprofitable(sites: Sequence[Site], pattern: Pattern, packed: bool = False) 
     device = sites[0].device
     if isinstance(pattern, NM) and packed and _streams(sites[0]):
         return _slower(sites, _time(sites[0], packed_work(sites[0], pattern)), "packed")
+    if isinstance(pattern, NM) and known(*sites) and vendor_serves(sites[0], pattern):
+        return ""  # others measured it, see cost/vendor.py
+    if isinstance(pattern, NM | Masked) and all(_compresses(site, pattern) for site in sites):
+        return _compressed(sites, pattern)
     if isinstance(pattern, NM | Masked):
         name = "N:M" if isinstance(pattern, NM) else "a stored mask"
         return f"not profitable: {name} runs as a masked dense product on {device}"
@@ -86,6 +96,16 @@ def unprofitable(sites: Sequence[Site], pattern: Pattern, packed: bool = False) 
     if not times or found is None:
         return times
     return times.replace("not profitable: ", f"not profitable at {found.at}: {found} (") + ")"
+
+
+def _compresses(site: Site, pattern: Pattern) -> bool:
+    return reads_kept(site, pattern) and number(site.shape[0]) >= FEWEST_ROWS
+
+
+def _compressed(sites: Sequence[Site], pattern: NM | Masked) -> str:
+    if isinstance(pattern, NM) and pattern.transposable:
+        return "not profitable: its transposable mask is searched for at every step"
+    return _slower(sites, _time(sites[0], total(kept_work(s, pattern) for s in sites)), "masked")
 
 
 _FEW_ROWS = 8  # beyond them a packed weight is no longer read at memory speed

@@ -50,6 +50,7 @@ from sparsefx.ops.sampled_conv import (
     sampled_conv_weight,
 )
 from sparsefx.ops.scores import conv_scores, mm_scores
+from sparsefx.ops.semi_structured import nm24_compress, nm24_mm
 
 __all__ = [
     "NAMESPACE",
@@ -70,6 +71,8 @@ __all__ = [
     "masked_mm",
     "mass_indices",
     "mm_scores",
+    "nm24_compress",
+    "nm24_mm",
     "nm_bmm",
     "nm_conv",
     "nm_conv_grad_input",
@@ -77,10 +80,10 @@ __all__ = [
     "nm_mm",
     "nm_mm_act",
     "nm_pack",
+    "nm_pack_both",
     "nm_packed_mm",
     "nm_unpack",
     "sampled_bmm",
-    "nm_pack_both",
     "sampled_bmm_grad_input",
     "sampled_bmm_grad_weight",
     "sampled_bmm_weight",

@@ -70,6 +70,11 @@ def matrix_calls(dtype, layout):
                 yield name, ops.sampled_mm, (x, w, indices, b, *pairs)
         yield name, ops.nm_mm, (x, square, None, 1, 3, 1, False)
         yield name, ops.nm_mm, (x, square, None, 2, 4, 0, True)
+        few_kept = ops.nm_mask(w, 2, 4, 0, False) & (w > 0)
+        packed = ops.nm24_compress(w.t(), few_kept.t())
+        yield name, ops.nm24_compress, (w.t(), few_kept.t())
+        yield name, ops.nm24_mm, (x, packed, w, few_kept, bias)
+        yield name, ops.nm24_mm, (x, packed, w, few_kept, None)
         yield name, ops.nm_mask, (w, 2, 4, 0, False)
         yield name, ops.nm_mask, (square, 2, 4, 0, True)
         tokens = picked(1, m, min(2, m))[0]
@@ -81,12 +86,12 @@ def matrix_calls(dtype, layout):
         whole = w.t().contiguous()  # [n, k]: 4 and 8 are multiples of 4
         yield name, ops.nm_pack, (whole, 1, 4)
         values, codes = ops.nm_pack(whole, 2, 4)
+        yield name, ops.nm_pack_both, (square, square > 0, 2, 4)
         yield name, ops.nm_unpack, (values, codes, 2, 4, k)
         for b in (None, bias):
             yield name, ops.nm_packed_mm, (x, values, codes, b, 2, 4)
         yield name, ops.take_columns, (x, indices)
         for others in (None, torch.randn(m, 1).to(dtype)):
-        yield name, ops.nm_pack_both, (square, square > 0, 2, 4)
             yield name, ops.scattered_mm, (grad, w.t()[:, :few], indices, k, others)
         yield name, ops.sum_rows, (x, False)
         for turned, rest in itertools.product((False, True), repeat=2):

@@ -12,7 +12,7 @@ from sparsefx.ops import is_sparse_op
 EAGER = {"codegen": "aot_eager", "keep_output_dense": False}
 PASSES = [
     "captured", "canonicalize", "find_sites", "recognize_masks", "select_sites", "rewrite_nm",
-    "rewrite_masked", "rewrite_sampled", "pack_frozen", "share_masks", "cleanup", "sum_rows",
+    "rewrite_masked", "rewrite_sampled", "pack_frozen", "share_masks", "lower_vendor", "cleanup", "sum_rows",
     "fuse_epilogues", "inline_references",
 ]  # fmt: skip
 
@@ -123,7 +123,7 @@ def look_only(gm):
 def test_a_users_own_pass_is_a_stage():
     cfg = SparseConfig(rules=[Rule("*", forward=Sampled(0.5))], passes=[look_only])
     report = sfx.explain(small(), config=cfg)(torch.randn(6, 8))
-    assert [n for n, _ in report.stages[0]] == [*PASSES[:10], "look_only", *PASSES[10:]]
+    assert [n for n, _ in report.stages[0]] == [*PASSES[:11], "look_only", *PASSES[11:]]
     assert report.diff("look_only") == ""
 
 
