@@ -32,15 +32,18 @@ def test_lowering_names_the_kernel():
 @pytest.mark.parametrize(
     ("op", "pattern", "said"),
     [
-        ("sampled_mm", Sampled(0.5), "triton sampled_mm"),
-        ("sampled_mm", Sampled(0.5, estimator="systematic"), "gathered GEMM"),
-        ("sampled_mm_grad_input", Sampled(mass=0.5), "gathered GEMM"),
-        ("sampled_mm_grad_weight", Sampled(0.5, estimator="bernoulli"),
-         "triton sampled_mm_grad_weight"),
-        ("sampled_mm_grad_weight", Sampled(0.5, estimator="topk_mean"), "gathered GEMM"),
+        ("sampled_mm", Sampled(0.5, estimator="systematic"), "triton sampled_mm"),
+        ("sampled_mm_grad_input", Sampled(mass=0.5), "triton sampled_mm_grad_input"),
+        ("sampled_mm_weight", Sampled(0.5, estimator="topk_mean"), "triton sampled_mm_weight"),
+        ("sampled_conv", Sampled(0.5), "triton sampled_conv"),
+        ("sampled_conv", Sampled(0.5, estimator="systematic"), "gathered conv"),
+        ("sampled_conv_grad_input", Sampled(mass=0.5), "gathered conv"),
+        ("sampled_conv_grad_weight", Sampled(0.5, estimator="bernoulli"),
+         "triton sampled_conv_grad_weight"),
+        ("sampled_conv_grad_weight", Sampled(0.5, estimator="topk_mean"), "gathered conv"),
     ],
 )  # fmt: skip
-def test_kernels_leave_scaled_pairs_to_the_reference(op, pattern, said, monkeypatch):
+def test_convolutions_leave_scaled_pairs_to_the_reference(op, pattern, said, monkeypatch):
     monkeypatch.setattr("sparsefx.lowering.kernel_for", lambda op, _: f"triton {op}")
     assert lowering_of(op, "cuda", pattern) == said
 
@@ -98,7 +101,7 @@ def test_what_is_there_can_be_forced(triton, lowering):
         ),
         (NM(2, 4), "triton", "nm_mm", "cpu", "'reference' (masked dense)"),
         (NM(2, 4, True), "reference", "nm_mm", "cuda", "'triton' (triton nm_mm)"),
-        (Sampled(mass=0.5), "triton", "sampled_mm", "cuda", "'reference' (gathered GEMM)"),
+        (Sampled(mass=0.5), "triton", "sampled_conv", "cuda", "'reference' (gathered conv)"),
     ],
 )
 def test_what_is_not_there_is_an_error(triton, pattern, lowering, op, device, there):

@@ -165,7 +165,7 @@ def sampled_mm_grad_input(
     if rest:
         mean = _others(None, w, indices)[1]
         others = _weighted(grad, mean, 1)
-    y = grad.new_zeros(size) if others is None else others[:, None].expand(size).contiguous()
+    y = grad.new_zeros(size) if others is None else grad.new_empty(size).copy_(others[:, None])
     shape = grad.shape[0], len(indices), w.shape[1]
     if _tiles.rows_in_gemm(*shape, grad.itemsize, copies=2):
         return scattered(grad, w.t(), indices, y, scale, gather=True)
@@ -189,7 +189,7 @@ def sampled_mm_grad_weight(
     size = (cols, depth) if transposed else (depth, cols)
     if rest:
         others = _weighted(grad.t(), xs[:, k], max(depth - k, 1))  # [N]
-        y = (others[:, None] if transposed else others).expand(size).contiguous()
+        y = grad.new_empty(size).copy_(others[:, None] if transposed else others)
         xs = xs[:, :k]
     else:
         y = grad.new_zeros(size)

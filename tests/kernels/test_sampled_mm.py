@@ -119,6 +119,90 @@ def test_empty(rows, k, cols, biased, device):
     assert torch.equal(gw, torch.zeros(6, cols).to(gw))
 
 
+def double(arguments):
+    wide = torch.Tensor.double
+    return [wide(a) if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+
+
+def assert_means(op, *arguments):
+    """Bound a launcher's error by the meaning in float64: eager's own worst, and four roundings."""
+    got, reference = getattr(sampled, op)(*arguments), ops.REFERENCES[getattr(ops, op)]
+    twin, eager = reference(*double(arguments)), reference(*arguments)
+    size = reference(*[a.abs() if torch.is_tensor(a) else a for a in double(arguments)])
+    bound = (eager.double() - twin).abs().max() if twin.numel() else 0
+    bound = bound + 4 * torch.finfo(eager.dtype).eps * size
+    assert (got.shape, got.dtype) == (eager.shape, eager.dtype)
+    assert got.stride() == eager.stride() or not got.numel()
+    assert ((got.double() - twin).abs() <= bound).all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("rest", [True, False])
+def test_scaled_and_stood_in_for(dtype, scaled, rest, device):
+    x, w, bias = operands(33, 40, 19, dtype, device)
+    x, w = x + 1, w + 1  # means that matter
+    grad = torch.randn(33, 19, dtype=dtype, device=device)
+    index = torch.tensor([3, 39, 0, 17, 8], device=device)
+    scale = torch.tensor([1 / 3, 0, 7, 1.5, 0.1], device=device) if scaled else None
+    strided = None if scale is None else scale.repeat_interleave(2)[::2]
+    assert_means("sampled_mm", x, w, index, bias, scale, rest)
+    assert_means("sampled_mm", hidden(x.T).T, hidden(w), index, None, strided, rest)
+    assert_means("sampled_mm_grad_input", grad, w, index, scale, rest)
+    assert_means("sampled_mm_grad_input", hidden(grad), hidden(w.T).T, index, strided, rest)
+    xs = ops.gather_columns(x, index, scale, rest)
+    for transposed in (True, False):
+        assert_means("sampled_mm_grad_weight", xs, grad, index, 40, transposed, rest)
+    assert_means("sampled_mm_grad_weight", hidden(xs.T).T, hidden(grad), index, 40, True, rest)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rest", [True, False])
+def test_rows_of_a_gradient(dtype, rest, device):
+    x, _, _ = operands(40, 33, 1, dtype, device)
+    grad = torch.randn(40, 19, dtype=dtype, device=device) + 1
+    index = torch.tensor([3, 39, 0, 17, 8], device=device)
+    xs = ops.gather_rows(x, index, torch.rand(5, device=device), rest)
+    for transposed in (True, False):
+        assert_means("sampled_mm_weight", xs, grad, index, transposed, rest)
+    assert_means("sampled_mm_weight", hidden(xs), hidden(grad.T).T, index, False, rest)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("rows", "k", "cols"), [(0, 3, 4), (3, 3, 0), (3, 0, 4), (3, 6, 4)])
+def test_nothing_or_nobody_to_stand_for(rows, k, cols, device):
+    x, w, _ = operands(rows, 6, cols, torch.float32, device)
+    grad, index = torch.randn(rows, cols, device=device), torch.arange(k, device=device)
+    assert_means("sampled_mm", x, w, index, None, torch.rand(k, device=device), True)
+    assert_means("sampled_mm_grad_input", grad, w, index, None, True)
+    xs = ops.gather_columns(x, index, None, True)
+    assert_means("sampled_mm_grad_weight", xs, grad, index, 6, False, True)
+    tokens = index[:rows]
+    xs = ops.gather_rows(x, tokens, None, True)
+    assert_means("sampled_mm_weight", xs, grad, tokens, True, True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's: NaN
+@pytest.mark.usefixtures("way")
+def test_what_is_not_finite_spreads_as_the_reference_says(device):
+    x, w, _ = operands(5, 9, 4, torch.float32, device)
+    grad, index = torch.randn(5, 4, device=device), torch.tensor([2, 7], device=device)
+    x[1, 4], x[3, 2], w[0, 1], grad[2, 3] = float("nan"), float("inf"), float("inf"), float("nan")
+    scale = torch.tensor([0.0, 1.0], device=device)
+    xs = ops.gather_columns(x, index, scale, True)
+    for op, *arguments in [
+        ("sampled_mm", x, w, index, None, scale, True),
+        ("sampled_mm_grad_input", grad, w, index, scale, True),
+        ("sampled_mm_grad_weight", xs, grad, index, 9, False, True),
+        ("sampled_mm_weight", xs, grad.repeat(2, 1), torch.arange(4, device=device), False, True),
+    ]:
+        twin = ops.REFERENCES[getattr(ops, op)](*arguments)
+        assert not twin.isfinite().all()
+        torch.testing.assert_close(getattr(sampled, op)(*arguments), twin, equal_nan=True)
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("transposed", [True, False])
@@ -132,9 +216,43 @@ def test_launchers_agree_with_the_ops(dtype, transposed, device):
         ("sampled_mm", x, w, index, bias),
         ("sampled_mm_grad_input", grad, w, index),
         ("sampled_mm_grad_weight", x[:, index], grad, index, 12, transposed),
+        ("sampled_mm_weight", x[:3], grad, index[:1].repeat(3), transposed),
     ]:
         twin = ops.REFERENCES[getattr(ops, op)](*arguments)
         torch.testing.assert_close(getattr(sampled, op)(*arguments), twin)
+
+
+def refuse(*_, **__):
+    raise AssertionError("a kernel was launched")
+
+
+def test_what_takes_the_reference(device, monkeypatch):
+    for name in ("fused", "scattered", "_product", "_others", "_weighted"):
+        monkeypatch.setattr(sampled, name, refuse)
+    x, w, bias = operands(5, 12, 7, torch.float64, device)
+    grad, index = torch.randn(5, 7, dtype=torch.float64, device=device), torch.arange(3).to(device)
+    scale, xs = torch.rand(3, dtype=torch.float64, device=device), x[:, :4]
+    narrow = x.float(), w.float(), grad.float()
+    for op, *arguments in [
+        ("sampled_mm", x, w, index, bias, scale, True),
+        ("sampled_mm", narrow[0], narrow[1], index, None, scale, True),
+        ("sampled_mm_grad_input", grad, w, index, scale, True),
+        ("sampled_mm_grad_input", narrow[2], narrow[1], index, scale, True),
+        ("sampled_mm_grad_weight", xs, grad, index, 12, True, True),
+        ("sampled_mm_weight", x[:4], grad, index, False, True),
+    ]:
+        twin = ops.REFERENCES[getattr(ops, op)](*arguments)
+        assert torch.equal(getattr(sampled, op)(*arguments), twin)
+
+
+def test_columns_that_lie_as_rows_are_weighed_as_rows(device, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sampled._tiles, "columns_in_gemm", lambda *_: asked.append("columns"))
+    monkeypatch.setattr(sampled._tiles, "rows_in_gemm", lambda *_, copies: asked.append("rows"))
+    x, w, _ = operands(5, 12, 7, torch.float32, device)
+    for one in (x, x.T.contiguous().T):
+        sampled.sampled_mm(one, w, torch.arange(3, device=device), None)
+    assert asked == ["columns", "rows"]
 
 
 def test_sizes_that_differ_are_named(device):
