@@ -24,6 +24,10 @@ PATCH = TAPS | dict.fromkeys(["SH", "SW", "JH", "JW"], 1)  # 3 x 3 of a convolut
 PATCH |= {"BACK": False, "DIM": 0, "N": 2, "M": 4, "MP": 4, "mask": None}
 BACK = TAPS | dict.fromkeys(["SH", "SW", "JH", "JW"], 2)  # its grad_input, at stride 2
 BACK |= {"BACK": True, "DIM": 0, "N": 0, "M": 1, "MP": 1, "bias": None}
+SIZES |= {"a_depth", "b_depth", "k"}
+POINTERS |= {"scale": "*fp32", "parts": "*fp32"}
+PLAIN = {"GATHER": False, "scale": None}
+SUMS = {"SQUARE": False, "BR": 64, "BD": 64}
 CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3 product
     "nm_mm-2:4": ("nm_mm", "_nm_mm_kernel", "bf16", "sxk swk sb syj", (2, 4, 0)),
     "nm_mm-16:32": ("nm_mm", "_nm_mm_kernel", "fp32", "sxk swj sb syj", (16, 32, 1)),
@@ -33,8 +37,8 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
     "masked-occupied": ("masked_mm", "_occupied_kernel", "bf16", "smk", None),
     "masked-list": ("masked_mm", "_list_kernel", "bf16", "", 64),
     "masked-2:4": ("nm_mm", "_masked_weight_kernel", "bf16", "swk syk", (2, 4, 0)),
-    "sampled": ("sampled_mm", "_sampled_mm_kernel", "bf16", "sxk swk st sb syj", None),
-    "gather-scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sak sbk st syj", True),
+    "sampled": ("sampled_mm", "_sampled_mm_kernel", "bf16", "sxk swk st sb sc syj", True),
+    "gather-scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sak sbk st sc syj", True),
     "nm_conv-2:4": ("nm_conv", "_masked_conv_kernel", "bf16", "sxk swk sb syj", PATCH),
     "stored-back": ("nm_conv", "_masked_conv_kernel", "fp16", "sxk swj smj syj", BACK),
     "masked-tiles-2:4": (
@@ -45,7 +49,9 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
         *("transposable_mask.exact", "_exact_kernel", "fp32", "swj smj"),
         {"N": 8, "LOG": 4, "T": 1},
     ),
-    "scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sai sbj st syi", False),
+    "scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sai sbj st syi", PLAIN),
+    "largest-sums": ("scores", "_sums_kernel", "bf16", "sai sbi sw", SUMS),
+    "largest": ("scores", "_topk_of_parts_kernel", "i64", "", {"BOTH": True, "BLOCK": 8192}),
 }
 
 
@@ -72,7 +78,7 @@ def built(root, tmp_path_factory):
 def test_compiles(case, capability, built):
     shared, tensor_core = built[f"{case} {capability}"]
     assert shared <= 99 * 1024  # fits the smallest chip that the tiles are for
-    copies, adds = case.startswith("masked"), case == "nm_mm-16:32"  # no dot; fp32's ieee dot
+    copies, adds = case.startswith(("masked", "largest")), case == "nm_mm-16:32"  # no dot; fp32's ieee dot
     assert tensor_core == ([] if copies or adds else [CAPABILITIES[capability]])
 
 
@@ -103,9 +109,9 @@ def compile_for(case: str, capability: int) -> tuple[int, list[str]]:
     def kind(argument):
         if argument in values:
             return "constexpr"
-        if argument in SIZES or argument.startswith("s"):
-            return "i32"
-        return POINTERS.get(argument, f"*{element}")
+        if argument in POINTERS:
+            return POINTERS[argument]
+        return "i32" if argument in SIZES or argument.startswith("s") else f"*{element}"
 
     place = kernel.arg_names.index
     source = ASTSource(
