@@ -178,7 +178,7 @@ def packed_gemm(
 
     Returns:
         BM, BN, BK (lanes: a group has a power of two), DOT (1, or 0: multiply and add), splits of
-        the depth and the tiles that each takes, num_warps, num_stages.
+        the depth and the tiles that each takes, STAGES (loads in flight), num_warps.
     """
     dot = itemsize == 2 or rows > 4
     bm = min(PACKED_ROWS, max(16 if dot else 1, power_of_2(rows)))
@@ -191,12 +191,15 @@ def packed_gemm(
     each = max(ceil(steps / max(min(wanted, affordable, steps // 4), 1)), 1)
     tile = {"BM": bm, "BN": bn, "BK": bk, "DOT": int(dot)}
     splits = max(ceil(steps / each), 1)
-    return tile | {"splits": splits, "each": each, "num_warps": 4, "num_stages": 4}
+    share = power_of_2(n) / power_of_2(m)
+    stage = bk * ((bm + bn * share) * itemsize + bn * share * code_bits(m) / 8)
+    stages = next(s for s in (4, 3, 2, 1) if s * stage + bn * bk * itemsize <= chip.shared)
+    return tile | {"splits": splits, "each": each, "STAGES": stages, "num_warps": 4}
 
 
 def unpack_tile(depth: int, n: int, m: int) -> dict[str, int]:
     """Rows A and groups G of a packed weight that a program unpacks."""
-    wide = min(256, power_of_2(depth))
+    wide = max(_chunk(m), min(256, power_of_2(depth)))
     rows, lanes = _expanded_tile(4096 // wide, wide, n, m)
     return {"A": rows, "G": lanes // power_of_2(m), "num_warps": 4}
 
@@ -269,7 +272,14 @@ def mask_in_conv(
 
 
 def gathers_in_conv(
-    rows: int, cols: int, depth: int, moved: int, groups: int, itemsize: int, launches: int
+    rows: int,
+    cols: int,
+    depth: int,
+    groups: int,
+    itemsize: int,
+    moved: int,
+    launches: int,
+    share: dict[int, float],
 ) -> bool:
     """Gather inside an implicit GEMM (True), or copy ``moved`` elements in ``launches`` launches.
 
@@ -277,7 +287,12 @@ def gathers_in_conv(
     """
     dense = 2 * rows * cols * depth * groups / RATE[itemsize]
     copies = launches * LAUNCH + 2 * moved * itemsize / BANDWIDTH
-    return dense / CONV_SHARE[itemsize] <= dense + copies
+    return dense / share[itemsize] <= dense + copies
+
+
+def conv_weight_splits(tiles: int, positions: int, step: int, chip: Chip) -> int:
+    """Into how many sums a weight's gradient is split: two programs a processor, 8 steps each."""
+    return max(1, min(ceil(2 * chip.processors / max(tiles, 1)), positions // (8 * step)))
 
 
 def sums(rows: int, cols: int, depth: int, batch: int, chip: Chip) -> dict[str, int]:

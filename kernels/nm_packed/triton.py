@@ -189,7 +189,7 @@ def _packed_mm_kernel(x, values, codes, bias, y, rows, cols, groups, width, each
                       sxi, sxk, svr, svk, scr, sck, sb,
                       N: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
                       BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                      DOT: tl.constexpr):  # fmt: skip
+                      DOT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Sum ``each`` tiles of the depth: y [BM, BN] of one split, the weight as the left operand."""
     G: tl.constexpr = BK // MP
     across = tl.cdiv(cols, BN)
@@ -199,7 +199,8 @@ def _packed_mm_kernel(x, values, codes, bias, y, rows, cols, groups, width, each
     lane = _place(BK, M, MP)
     acc = tl.zeros((BN, BM) if DOT else (BM, BN, BK), tl.float32)
     begin = split * each * G
-    for first in range(begin, tl.minimum(begin + each * G, groups), G):
+    end = tl.minimum(begin + each * G, groups)
+    for first in tl.range(begin, end, G, num_stages=STAGES):
         w = _expanded(values, codes, j, first, cols, groups, width, svr, svk, scr, sck,
                       N, NP, M, MP, BITS, BN, G)  # fmt: skip
         k = first * M + lane

@@ -24,6 +24,13 @@ PATCH = TAPS | dict.fromkeys(["SH", "SW", "JH", "JW"], 1)  # 3 x 3 of a convolut
 PATCH |= {"BACK": False, "DIM": 0, "N": 2, "M": 4, "MP": 4, "mask": None}
 BACK = TAPS | dict.fromkeys(["SH", "SW", "JH", "JW"], 2)  # its grad_input, at stride 2
 BACK |= {"BACK": True, "DIM": 0, "N": 0, "M": 1, "MP": 1, "bias": None}
+PACKED = {"N": 2, "NP": 2, "M": 4, "MP": 4, "BITS": 2}
+PACKED |= {"BM": 16, "BN": 64, "BK": 64, "DOT": 1, "STAGES": 4, "CR": 2, "CK": 2}
+SIZES |= {"groups", "width", "width_t", "each"}
+POINTERS |= {"codes": "*u8", "codes_t": "*u8"}
+FEW = PATCH | {"COLUMNS": False}
+SUMS = {name: PATCH[name] for name in ("KW", "SH", "SW", "PH", "PW", "DH", "DW")}
+SUMS |= {"GATHERED": False, "columns": None}
 SIZES |= {"a_depth", "b_depth", "k"}
 POINTERS |= {"scale": "*fp32", "parts": "*fp32"}
 PLAIN = {"GATHER": False, "scale": None}
@@ -49,6 +56,10 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
         *("transposable_mask.exact", "_exact_kernel", "fp32", "swj smj"),
         {"N": 8, "LOG": 4, "T": 1},
     ),
+    "packed-2:4": ("nm_packed", "_packed_mm_kernel", "bf16", "sxk svk sck sb", PACKED),
+    "masked-both-2:4": ("nm_packed", "_pack_both_kernel", "bf16", "sk smk", PACKED),
+    "sampled-conv": ("sampled_conv", "_sampled_conv_kernel", "bf16", "sxk swk stk sb syj", FEW),
+    "conv-weight": ("sampled_conv", "_conv_weight_kernel", "bf16", "sgi sxc st scc syc", SUMS),
     "scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sai sbj st syi", PLAIN),
     "largest-sums": ("scores", "_sums_kernel", "bf16", "sai sbi sw", SUMS),
     "largest": ("scores", "_topk_of_parts_kernel", "i64", "", {"BOTH": True, "BLOCK": 8192}),
