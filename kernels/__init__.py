@@ -93,6 +93,13 @@ TABLE = (
         "triton topk_indices",
     ),
     Row(
+        "nm_mask",
+        "CUDA",
+        "sparsefx.kernels.transposable_mask.triton:nm_mask",
+        "triton",
+        "triton nm_mask",
+    ),
+    Row(
         "nm_conv",
         "CUDA",
         "sparsefx.kernels.nm_conv.triton:nm_conv",
@@ -119,6 +126,41 @@ TABLE = (
         "sparsefx.kernels.nm_conv.triton:masked_conv_grad_input",
         "triton",
         "triton masked_conv_grad_input",
+    ),
+    Row(
+        "sampled_conv",
+        "CUDA",
+        "sparsefx.kernels.sampled_conv.triton:sampled_conv",
+        "triton",
+        "triton sampled_conv",
+    ),
+    Row(
+        "sampled_conv_grad_input",
+        "CUDA",
+        "sparsefx.kernels.sampled_conv.triton:sampled_conv_grad_input",
+        "triton",
+        "triton sampled_conv_grad_input",
+    ),
+    Row(
+        "sampled_conv_grad_weight",
+        "CUDA",
+        "sparsefx.kernels.sampled_conv.triton:sampled_conv_grad_weight",
+        "triton",
+        "triton sampled_conv_grad_weight",
+    ),
+    Row(
+        "sampled_conv_input",
+        "CUDA",
+        "sparsefx.kernels.sampled_conv.triton:sampled_conv_input",
+        "triton",
+        "triton sampled_conv_input",
+    ),
+    Row(
+        "sampled_conv_weight",
+        "CUDA",
+        "sparsefx.kernels.sampled_conv.triton:sampled_conv_weight",
+        "triton",
+        "triton sampled_conv_weight",
     ),
     Row("take_columns", "CPU", "sparsefx.kernels.moves.cpu:take_columns", "", "C++ take_columns"),
     Row("scattered_mm", "CPU", "sparsefx.kernels.moves.cpu:scattered_mm", "", "C++ scattered_mm"),
@@ -156,6 +198,7 @@ TABLE = (
         "vendor nm24_compress",
     ),
     Row("nm24_mm", "CUDA", "sparsefx.kernels.vendor_24.launch:nm24_mm", "", "vendor nm24_mm"),
+    Row("masked_mm", "CPU", "sparsefx.kernels.masked_mm.cpu:masked_mm", "", "C++ masked_mm"),
     Row("sum_rows", "CPU", "sparsefx.kernels.moves.cpu:sum_rows", "", "C++ sum_rows"),
 )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from sparsefx import ops
+from sparsefx import cost, ops
 from sparsefx.config import Masked
 from sparsefx.rewriting import (
     Failure,
@@ -72,13 +72,23 @@ def inline_references(gm: GraphModule) -> PassResult:
 
 def _opaque(node: Node) -> str:
     device = next(value(n).device for n in node.all_input_nodes if isinstance(value(n), Tensor))
-    if ops.has_kernel(node.target, device.type) and not _forced(node):
+    kernel = ops.has_kernel(node.target, device.type) and not _forced(node)
+    if kernel and not (device.type == "cpu" and _left_to_inductor(node)):
         return "the device has a kernel"
     if node.target is ops.after:
         return "it is there for the partitioner to see"
     if not ops.traceable(node.target, node.args):
         return "the reference loops over values"
     return ""
+
+
+def _left_to_inductor(node: Node) -> bool:
+    """Whether so much is kept that the full product is faster, with a mask that is fused."""
+    plan = plan_of(node)
+    if node.target is ops.masked_mm and plan is not None and plan.decision is not None:
+        decision = plan.decision
+        return not cost.reads_kept(plan.site, decision.pattern, decision.lowering)
+    return node.target is ops.masked_mm
 
 
 def _forced(node: Node) -> bool:

@@ -4,8 +4,8 @@
     nm_mm(x, w, b, ...), nm_mm(g, w.T, ...)    ->  masked_mm(x, w, mask, b),
                                                    masked_mm(g, w.T, mask.T)
 
-The second only where a mask has several uses and the device has no kernel that makes it in
-registers, which is then free.
+The second only where the device has no kernel that makes a mask in registers, which is then free,
+and where a mask has several uses, or the product has a kernel that reads what it keeps.
 
 Needs    nothing; does nothing in a graph without N:M products.
 Keeps    values, shapes, provenance.
@@ -17,7 +17,7 @@ from functools import partial
 
 from torch.fx import GraphModule, Node
 
-from sparsefx import ops
+from sparsefx import cost, ops
 from sparsefx.rewriting import (
     PassResult,
     arguments,
@@ -25,6 +25,7 @@ from sparsefx.rewriting import (
     finish,
     flip,
     peel,
+    plan_of,
     rewrite_nodes,
     value,
 )
@@ -61,9 +62,16 @@ def _mask_key(node: Node) -> Key | None:
 
 def _separates(uses: Counter[Key], node: Node) -> Key | None:
     key = _mask_key(node)
-    if key is None or uses[key] < 2 or ops.has_kernel(node.target, value(node).device.type):
+    if key is None or ops.has_kernel(node.target, value(node).device.type):
         return None
-    return key
+    return key if uses[key] > 1 or _reads_kept(node) else None
+
+
+def _reads_kept(node: Node) -> bool:
+    plan = plan_of(node)
+    if node.target is not ops.nm_mm or plan is None or plan.decision is None:
+        return False
+    return cost.reads_kept(plan.site, plan.decision.pattern, plan.decision.lowering)
 
 
 def _separate_mm(uses: Counter[Key], node: Node) -> Node | None:

@@ -33,7 +33,7 @@ def lowering_of(
         site: the product, where known; a kernel that reads what is kept serves some.
     """
     kernel = kernel_for(op, device)
-    if kernel is not None and forced != "reference" and not _left(op, device, pattern, forced, site):
+    if kernel is not None and not _left(op, device, pattern, forced, site):
         return str(kernel)
     if cost.executes_dense(op) or op.startswith(("nm_packed", "nm24")):  # these are unpacked
         return MASKED_DENSE
@@ -86,6 +86,8 @@ def _left(
     op: str, device: str, pattern: Pattern | None, forced: str | None, site: Site | None
 ) -> bool:
     """Whether the kernel that there is leaves a product to the reference."""
+    if forced == "reference":
+        return True
     if (op, device) == ("masked_mm", "cpu"):
         return site is None or pattern is None or not cost.reads_kept(site, pattern, forced)
     return _beyond_kernels(op, pattern)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsefx import compat, cost
 from sparsefx.config import Dense, Masked, Pattern, Sampled
-from sparsefx.lowering import MASKED_DENSE, lowering_of
+from sparsefx.lowering import MASKED_DENSE, READS_KEPT, lowering_of
 from sparsefx.pipeline import Outcome
 from sparsefx.plan import Plan, Role, Site
 
@@ -137,14 +137,16 @@ def _row(
     sparse = decision is not None and not decision.dense and op != ""
     pattern = decision.pattern if decision is not None and sparse else Dense()
     forced = decision.lowering if decision is not None else None
-    lowering = lowering_of(op, site.device, pattern, forced) if sparse else "dense"
+    lowering = lowering_of(op, site.device, pattern, forced, site) if sparse else "dense"
     serves = "masked_mm" if lowering == MASKED_DENSE else op  # of what is unpacked first, too
+    serves = lowering if lowering == READS_KEPT else serves
     dense_us = cost.predicted_dense(site)
     follows = forward.site if forward and decision and decision.derived else None
     full = left = executed = None
     if all(map(compat.has_size, (site.batch, *site.shape))):
         full, left = cost.dense_flops(site), cost.sparse_flops(site, pattern, follows)
-        executed = full if lowering == MASKED_DENSE or cost.executes_dense(op) else left
+        dense = lowering == MASKED_DENSE or (cost.executes_dense(op) and lowering != READS_KEPT)
+        executed = full if dense else left
     sizes = dict(zip(("M", "N", "K", "batch"), (*site.shape, site.batch), strict=True))
     m, n, k, batch = (compat.size_hint(s) if compat.has_size(s) else None for s in sizes.values())
     return Row(

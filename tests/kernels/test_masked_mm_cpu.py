@@ -1,17 +1,21 @@
 """Products with a mask that keeps little, in C++: values, orientations, what is declined."""
 
+import dataclasses
 import os
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sparsefx  # noqa: F401  # registers the kernels
-from sparsefx import compat, kernels, ops
+import sparsefx as sfx
+from sparsefx import compat, cost, kernels, ops
+from sparsefx.config import NM, Dense, Masked, Rule, SparseConfig
 from sparsefx.errors import KernelError, SparsefxWarning
 from sparsefx.kernels import _native
 from sparsefx.kernels.masked_mm import cpu
+from sparsefx.plan import Site
 
 REFERENCE = ops.REFERENCES[ops.masked_mm]
 
@@ -189,3 +193,113 @@ def test_without_a_compiler_the_reference_serves_after_one_warning(monkeypatch):
         found = cpu.masked_mm(*args)
     assert torch.equal(found, REFERENCE(*args))
     assert torch.equal(cpu.masked_mm(*args), found)  # and no second warning
+
+
+# --- in a graph
+
+
+class Held(torch.nn.Module):
+    """A layer that holds the mask of its weight."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.fc = torch.nn.Linear(256, 256)
+        self.register_buffer("mask", torch.rand(256, 256) < kept)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(
+            x, torch.where(self.mask, self.fc.weight, 0), self.fc.bias
+        )
+
+
+def training(model, *rules):
+    config = SparseConfig(rules, False, codegen="aot_eager")
+    return sfx.explain(model, config=config)(torch.randn(70, 256, requires_grad=True))
+
+
+def run_as(report):
+    return [row.lowering for row in report.sites]
+
+
+LAYER = torch.nn.Linear(256, 256)
+OURS, INLINED = ["C++ masked_mm"] * 2 + ["dense"], ["masked dense"] * 2 + ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (Rule("*", NM(1, 4)), OURS),
+        (Rule("*", NM(1, 4, transposable=True)), OURS),
+        (Rule("*", NM(2, 4)), INLINED),
+        (Rule("*", NM(2, 4), lowering="cpp"), OURS),
+        (Rule("*", NM(1, 4), lowering="reference"), INLINED),
+        (Rule("*", NM(1, 4), grad_input=Dense()), ["C++ masked_mm", "dense", "dense"]),
+    ],
+)
+def test_what_n_of_m_runs_as(rule, said):
+    report = training(LAYER, rule)
+    assert run_as(report) == said
+    assert report.after[0].count("masked_mm(") == said.count("C++ masked_mm")
+    ours = [row for row in report.sites if row.lowering == "C++ masked_mm"]
+    assert all(row.flops_executed == row.flops_sparse < row.flops_dense for row in ours)
+    assert all(row.predicted_us is not None for row in ours)
+
+
+@pytest.mark.parametrize(("kept", "said"), [(0.2, OURS), (0.3, INLINED)])
+def test_what_a_stored_mask_runs_as(kept, said):
+    report = training(Held(kept))
+    assert run_as(report) == said
+    assert report.after[0].count("masked_mm(") == said.count("C++ masked_mm")
+
+
+def test_small_layers_and_other_types_are_inlined():
+    small = training(torch.nn.Sequential(torch.nn.Linear(256, 128)), Rule("*", NM(1, 4)))
+    half = sfx.explain(
+        torch.nn.Linear(256, 256).bfloat16(),
+        config=SparseConfig([Rule("*", NM(1, 4))], False),
+    )(torch.randn(70, 256, dtype=torch.bfloat16, requires_grad=True))
+    assert run_as(small) == run_as(half) == INLINED
+
+
+@pytest.mark.parametrize("pattern", [NM(1, 4), NM(1, 8, True)], ids=str)
+def test_a_compiled_layer_is_what_it_was(pattern):
+    results = []
+    for lowering in (None, "reference"):
+        torch.compiler.reset()
+        rule = Rule("*", pattern, lowering=lowering)
+        config = SparseConfig([rule], False, codegen="aot_eager")
+        x = torch.linspace(-1, 1, 70 * 256).sin().reshape(70, 256).requires_grad_()
+        y = torch.compile(LAYER, backend="sparsefx", options={"config": config})(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, *LAYER.parameters()))))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+# --- in time
+
+
+def layer(rows, size, **changes):
+    site = Site("fc", "forward", "mm", "mm", (rows, size, size), "float32", "cpu", 0, **changes)
+    return [site, dataclasses.replace(site, role="grad_input")]
+
+
+@pytest.mark.parametrize("size", [2048, 4096])
+@pytest.mark.parametrize("m", [4, 8, 16])
+def test_what_keeps_little_is_profitable(size, m):
+    assert cost.unprofitable(layer(512, size), NM(1, m)) == ""
+    assert cost.unprofitable(layer(512, size, mask_density=1 / m)[1:], Masked()) == ""
+
+
+@pytest.mark.parametrize(
+    ("sites", "pattern", "why"),
+    [
+        (layer(512, 2048), NM(1, 3), "masked dense product"),
+        (layer(512, 2048), NM(1, 4, True), "its transposable mask is searched for"),
+        (layer(63, 2048), NM(1, 8), "masked dense product"),
+        (layer(64, 2048), NM(1, 4), "grad_input: .* masked, .* dense on cpu"),
+        (layer(512, 255), NM(1, 8), "masked dense product"),
+        (layer(512, 2048), Masked(), "masked dense product"),
+    ],
+)
+def test_the_rest_is_not(sites, pattern, why):
+    assert re.search(f"^not profitable: .*{why}", cost.unprofitable(sites, pattern))
