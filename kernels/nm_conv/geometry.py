@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Sequence
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -97,3 +97,20 @@ def new(x: Tensor, size: Ints, memory: torch.memory_format) -> Tensor:
     if memory is torch.channels_last:
         return x.new_empty(batch, high, wide, channels).permute(0, 3, 1, 2)
     return x.new_empty(batch, channels, high, wide)
+
+
+def filter_strides(w: Tensor | None, groups: int, back: bool) -> tuple[int, ...]:
+    """Strides of a weight's groups, reduction, columns and taps."""
+    if w is None:
+        return 0, 0, 0, 0, 0
+    out, inner, *taps = w.stride()
+    return w.shape[0] // groups * out, *((out, inner) if back else (inner, out)), *taps
+
+
+def constants(w: Ints, where: Where, steps: Ints) -> dict[str, int]:
+    """What a kernel is compiled for: taps, geometry, and how far apart the taps of a row lie."""
+    (sh, sw), (ph, pw), (dh, dw), _ = where
+    jump = [step // gcd(step, gap) for step, gap in zip(steps, (dh, dw), strict=True)]
+    values = *w[2:], sh, sw, ph, pw, dh, dw, *jump
+    names = "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW", "JH", "JW"
+    return dict(zip(names, values, strict=True))

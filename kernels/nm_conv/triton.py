@@ -3,8 +3,6 @@
 Meaning: sparsefx/ops/nm.py.  Tiles, and which way: kernels/_tiles.py.  Derivation: README.md.
 """
 
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
@@ -260,27 +258,11 @@ def fused(
     with torch.cuda.device_of(x):
         _masked_conv_kernel[grid](
             x, w, bits, bias, y, size[0], cols, depth, *x.shape[2:], *size[2:], *x.stride(),
-            *filter_strides(w, groups, back), *filter_strides(bits, groups, back),
+            *geometry.filter_strides(w, groups, back), *geometry.filter_strides(bits, groups, back),
             0 if bias is None else bias.stride(0), *y.stride(), BACK=back,
-            **constants(w, where, steps), DIM=dim, N=n, M=m, MP=padded, **tile)  # fmt: skip
+            **geometry.constants(w.shape, where, steps), DIM=dim, N=n, M=m, MP=padded,
+            **tile)  # fmt: skip
     return y
-
-
-def filter_strides(w: Tensor | None, groups: int, back: bool) -> tuple[int, ...]:
-    """Strides of a weight's groups, reduction, columns and taps."""
-    if w is None:
-        return 0, 0, 0, 0, 0
-    out, inner, *taps = w.stride()
-    return w.shape[0] // groups * out, *((out, inner) if back else (inner, out)), *taps
-
-
-def constants(w: Tensor, where: Where, steps: Ints) -> dict[str, int]:
-    """What a kernel is compiled for: taps, geometry, and how far apart the taps of a row lie."""
-    (sh, sw), (ph, pw), (dh, dw), _ = where
-    jump = [step // gcd(step, gap) for step, gap in zip(steps, (dh, dw), strict=True)]
-    values = *w.shape[2:], sh, sw, ph, pw, dh, dw, *jump
-    names = "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW", "JH", "JW"
-    return dict(zip(names, values, strict=True))
 
 
 def copied(

@@ -15,7 +15,7 @@ import pytest
 CAPABILITIES = {80: "mma.sync", 90: "wgmma"}  # and their tensor-core instruction
 SIZES = {
     "count", "down", "across", "rows", "cols", "depth", "images", "high", "wide", "tall", "broad"
-}  # fmt: skip
+, "among", "full", "channels", "steps"}  # fmt: skip
 POINTERS = {  # to no element
     "index": "*i64", "mask": "*u8", "used": "*i8", "order": "*i32", "counts": "*i32"
 }  # fmt: skip
