@@ -1,5 +1,7 @@
 """masked_mm on a GPU: listed and unlisted tiles against a plain twin; what takes the reference."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -121,6 +123,20 @@ def test_what_the_mask_drops_cannot_spread_and_what_it_keeps_shows(dtype, skip, 
     assert y[:, 1].isnan().all()
     none = masked.fused(x, w, torch.zeros_like(mask), w[2], skip=skip)
     assert none.tolist() == [[1, 1]] * 2
+
+
+def test_an_input_that_meets_an_empty_tile_alone_is_not_read(device, small_tiles):
+    """The reference multiplies an infinity by 0; README.md tells of the difference."""
+    x = torch.ones(1, 32, device=device)
+    x[0, 20] = float("inf")
+    mask = torch.zeros(32, 1, dtype=torch.bool, device=device)
+    mask[3] = True
+    w = torch.ones(32, 1, device=device)
+    assert masked.fused(x, w, mask, None, skip=True).item() == 1
+    mask[17] = True  # the tile is no longer empty
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's remark, under the interpreter
+        assert masked.fused(x, w, mask, None, skip=True).isnan().all()
 
 
 @pytest.mark.parametrize("skip", [True, False])
