@@ -17,7 +17,7 @@ from sparsefx.policy import decide
         ("nm_mm", "cpu", "masked dense"),
         ("masked_conv", "cpu", "masked dense"),
         ("sampled_bmm", "cpu", "gathered GEMM"),
-        ("sampled_conv_weight", "cuda", "gathered conv"),
+        ("sampled_conv_weight", "cpu", "gathered conv"),
     ],
 )
 def test_lowering(op, device, said):
@@ -27,6 +27,16 @@ def test_lowering(op, device, said):
 def test_lowering_names_the_kernel():
     pytest.importorskip("triton")
     assert lowering_of("nm_mm", "cuda") == "triton nm_mm"
+    assert lowering_of("nm_packed_mm", "cuda") == "triton nm_packed_mm"
+    assert lowering_of("nm_packed_mm", "cpu") == "C++ nm_packed_mm"
+
+
+def test_a_packed_product_can_be_forced_to_its_kernel():
+    pytest.importorskip("triton")
+    check(NM(2, 4), "triton", "nm_packed_mm")
+    check(NM(2, 4, True), "triton", "nm_packed_mm")
+    with pytest.raises(ConfigError, match=r"nm_packed_mm on cpu, which has .*'cpp'"):
+        check(NM(2, 4), "triton", "nm_packed_mm", "cpu")
 
 
 @pytest.mark.parametrize(
