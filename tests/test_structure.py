@@ -116,7 +116,7 @@ def wrong_arrows(path: str, room: str, tree: ast.Module) -> Iterator[str]:
             other = room_of(got.name)
             if other not in ARROWS[room] | {room}:
                 yield f"{path}:{got.line}: {room} may not import {other} ({got.name})"
-        is_kernel_file = room == "kernels" and path.endswith("/triton.py")
+        is_kernel_file = room == "kernels" and (path.endswith("/triton.py") or "/triton/" in path)
         needs_triton = package == "triton" or (
             "sparsefx.kernels" in got.name and ".triton" in got.name
         )

@@ -1,1 +1,1 @@
-"""N:M masks, made on a GPU: triton.py chooses the kernel, README.md has the derivations."""
+"""N:M masks, made on a GPU: triton/ holds the kernels, README.md has the derivations."""

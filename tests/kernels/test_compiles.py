@@ -49,11 +49,11 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
     "nm_conv-2:4": ("nm_conv", "_masked_conv_kernel", "bf16", "sxk swk sb syj", PATCH),
     "stored-back": ("nm_conv", "_masked_conv_kernel", "fp16", "sxk swj smj syj", BACK),
     "masked-tiles-2:4": (
-        *("transposable_mask.small", "_small_kernel", "bf16", "swj smj"),
+        *("transposable_mask.triton.small", "_small_kernel", "bf16", "swj smj"),
         {"N": 2, "T": 128},
     ),
     "masked-tiles-8:16": (
-        *("transposable_mask.exact", "_exact_kernel", "fp32", "swj smj"),
+        *("transposable_mask.triton.exact", "_exact_kernel", "fp32", "swj smj"),
         {"N": 8, "LOG": 4, "T": 1},
     ),
     "packed-2:4": ("nm_packed", "_packed_mm_kernel", "bf16", "sxk svk sck sb", PACKED),

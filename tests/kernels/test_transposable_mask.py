@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparsefx import masks
 from sparsefx.kernels.transposable_mask import triton as kernel
 from sparsefx.masks import exact, flow
 from sparsefx.masks.tiles import map_tiles
@@ -53,3 +54,24 @@ def test_larger_tiles_are_the_reference_s(kind, device):
     for n, dtype in [(4, torch.float32), (3, torch.bfloat16)]:
         w = weights(kind, 16, 24, dtype, device)
         assert torch.equal(kernel.solve(w, n, 8, "exact"), twin(w, n, 8, flow.solve))
+
+
+# --- row by row
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (3, 5), (16, 32), (21, 31)])
+def test_rows_are_the_reference_s(n, m, dtype, device):
+    for kind, dim in [("not finite", 0), ("ties", -1)]:
+        w = weights(kind, 2 * m, 2 * m, dtype, device)
+        got = kernel.nm_mask(w, n, m, dim, False)
+        assert torch.equal(got, masks.nm_mask(w, n, m, dim))
+        assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 3])
+def test_rows_of_any_strides(dim, device):
+    w = torch.randn(8, 4, 3, 40, device=device)
+    for view in (w, w.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0), w.flip(0)[::2]):
+        got = kernel.nm_mask(view, 2, 4, dim, False)
+        assert torch.equal(got, masks.nm_mask(view, 2, 4, dim))

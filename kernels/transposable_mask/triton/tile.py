@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sparsefx.kernels.transposable_mask.levels import INFINITY, magnitude_bits
+from sparsefx.kernels.transposable_mask.triton.levels import INFINITY, magnitude_bits
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Transposable masks on a GPU: which kernel makes which; what none serves is left to the operators.
+"""N:M masks on a GPU: which kernel makes which; what none serves is left to the operators.
 
 Meaning: sparsefx/masks/transposable.py, magnitude.py.  Derivations: README.md.
 """
@@ -6,10 +6,41 @@ Meaning: sparsefx/masks/transposable.py, magnitude.py.  Derivations: README.md.
 import torch
 from torch import Tensor
 
+from sparsefx import ops
 from sparsefx.kernels import _tiles
-from sparsefx.kernels.transposable_mask import exact, small
+from sparsefx.kernels.transposable_mask.triton import exact, rows, small
 
 SIDES = (4, 8, 16, 32)
+LARGEST_GROUP = 32
+
+
+def nm_mask(w: Tensor, n: int, m: int, dim: int, transposable: bool) -> Tensor:
+    """Mark n of every m weights: row-wise in one pass, transposable as ``solve`` does.
+
+    float64, integers, m > 32, empty weights and what is refused take the reference.
+
+    Args:
+        w: of any rank and strides; [rows, cols, *taps] where transposable.
+        n: kept of every m.
+        m: group size, or the side of a tile.
+        dim: along which the groups run.
+        transposable: keep n of m along dimensions 0 and 1 alike.
+
+    Returns:
+        bool, the shape of w, contiguous.
+
+    Raises:
+        MaskError: as ``masks.nm_mask`` and ``masks.transposable_mask``.
+    """
+    if transposable or not _has_rows(w, n, m, dim):
+        return ops.REFERENCES[ops.nm_mask](w, n, m, dim, transposable)
+    return rows.solve(w, n, m, dim % w.dim())
+
+
+def _has_rows(w: Tensor, n: int, m: int, dim: int) -> bool:
+    """Whether the row-wise kernel serves."""
+    grouped = -w.dim() <= dim < w.dim() and 1 <= n < m <= LARGEST_GROUP and w.shape[dim] % m == 0
+    return grouped and w.dtype in _tiles.DTYPES and w.numel() > 0
 
 
 def solve(w: Tensor, n: int, m: int, solver: str) -> Tensor | None:

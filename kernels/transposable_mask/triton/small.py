@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsefx.kernels.transposable_mask.levels import integer_levels, magnitude_bits
+from sparsefx.kernels.transposable_mask.triton.levels import integer_levels, magnitude_bits
 
 CODE = tl.constexpr(12)  # bits below a level: which of the first three rows' entries are kept
 
@@ -100,11 +100,11 @@ def _small_kernel(w, mask, down, across, swt, swi, swj, smt, smi, smj,
     tile = (pid % blocks).to(tl.int64) * T + tl.arange(0, T)[:, None]
     place = tl.arange(0, 4)[None, :]
     at, inside = w + tap * swt + line * 4 * swi + (tile * 4 + place) * swj, tile < across
-    swi = swi.to(tl.int64)
+    row = tl.full((), 1, tl.int64)
     b0 = magnitude_bits(tl.load(at, inside, 0.0))
-    b1 = magnitude_bits(tl.load(at + swi, inside, 0.0))
-    b2 = magnitude_bits(tl.load(at + 2 * swi, inside, 0.0))
-    b3 = magnitude_bits(tl.load(at + 3 * swi, inside, 0.0))  # [T, 4]
+    b1 = magnitude_bits(tl.load(at + row * swi, inside, 0.0))
+    b2 = magnitude_bits(tl.load(at + 2 * row * swi, inside, 0.0))
+    b3 = magnitude_bits(tl.load(at + 3 * row * swi, inside, 0.0))  # [T, 4]
     largest = tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))
     largest = tl.max(largest, 1, keep_dims=True)
     finite = tl.maximum(tl.maximum(_finite(b0), _finite(b1)), tl.maximum(_finite(b2), _finite(b3)))
@@ -116,11 +116,11 @@ def _small_kernel(w, mask, down, across, swt, swi, swj, smt, smi, smj,
     m1 = (code >> (7 - place)) & 1
     m2 = (code >> (3 - place)) & 1
     m3 = N - m0 - m1 - m2  # a column holds N
-    to, smi = mask + tap * smt + line * 4 * smi + (tile * 4 + place) * smj, smi.to(tl.int64)
+    to = mask + tap * smt + line * 4 * smi + (tile * 4 + place) * smj
     tl.store(to, m0.to(tl.uint8), inside)
-    tl.store(to + smi, m1.to(tl.uint8), inside)
-    tl.store(to + 2 * smi, m2.to(tl.uint8), inside)
-    tl.store(to + 3 * smi, m3.to(tl.uint8), inside)
+    tl.store(to + row * smi, m1.to(tl.uint8), inside)
+    tl.store(to + 2 * row * smi, m2.to(tl.uint8), inside)
+    tl.store(to + 3 * row * smi, m3.to(tl.uint8), inside)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsefx.kernels.transposable_mask.levels import integer_levels
-from sparsefx.kernels.transposable_mask.tile import (
+from sparsefx.kernels.transposable_mask.triton.levels import integer_levels
+from sparsefx.kernels.transposable_mask.triton.tile import (
     chosen,
     corners,
     largest_of_rows,
