@@ -60,7 +60,7 @@ def _frozen(rule: Rule, freeze: bool, node: Node) -> Node | Skip | None:
         return None
     if plan.site.has_backward:
         return Skip("freeze=True packs no weight of a training graph: call it under no_grad()")
-    if plan.decision.lowering not in (None, "cpp"):
+    if plan.decision.lowering not in (None, "cpp", "triton"):
         forced = plan.decision.lowering
         return Skip(f"freeze=True packs nothing where a rule says lowering={forced!r}")
     pattern = plan.decision.pattern

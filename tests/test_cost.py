@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import sparsefx as sfx
 from sparsefx import cost
 from sparsefx.config import NM, Dense, Masked, Rule, Sampled, SparseConfig
+from sparsefx.cost.work import packed_work
 from sparsefx.plan import Site
 
 
@@ -226,6 +227,18 @@ def test_packed_weights_pay_for_few_rows_on_a_cpu():
     )
 
 
+def test_packed_weights_pay_for_some_rows_on_cuda():
+    """All pairs are multiplied there, and what is read is less."""
+    for dtype in ("float32", "float16", "bfloat16"):
+        for one in (decode(1, dtype, device="cuda"), decode(64, dtype, device="cuda")):
+            assert cost.unprofitable(one, NM(2, 4), packed=True) == ""
+    one = decode(16, "bfloat16", device="cuda")
+    work, dense = packed_work(one[0], NM(2, 4)), cost.dense_work(one[0])
+    assert work.flops == dense.flops
+    assert work.moved < 0.6 * dense.moved
+    assert "packed, " in cost.unprofitable(one, NM(31, 32), packed=True)
+
+
 @pytest.mark.parametrize(
     "one",
     [
@@ -233,7 +246,9 @@ def test_packed_weights_pay_for_few_rows_on_a_cpu():
         [replace(decode(1)[0], shape=(1, 1023, 1024))],
         decode(1, "float64"),
         decode(1, has_backward=True),
-        decode(1, device="cuda"),
+        decode(65, device="cuda"),
+        decode(1, "float64", device="cuda"),
+        decode(1, device="xpu"),
         decode(1, kind="conv", channels=(4096, 4096, 1, 1)),
     ],
 )

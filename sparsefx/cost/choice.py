@@ -68,7 +68,7 @@ def unprofitable(sites: Sequence[Site], pattern: Pattern, packed: bool = False) 
     """Reason to leave products dense on this machine, or "".
 
     N:M and stored masks run as a masked dense product, so they gain nothing; but for weights that
-    are packed once, times few rows, on a cpu, and for transposable 2:4 times many rows on a GPU for
+    are packed once, times few rows, and for transposable 2:4 times many rows on a GPU for
     which there is a vendor's library. Sampled products have to take less time than the full ones,
     scores, choice, gathers and zeros included.
 
@@ -108,7 +108,8 @@ def _compressed(sites: Sequence[Site], pattern: NM | Masked) -> str:
     return _slower(sites, _time(sites[0], total(kept_work(s, pattern) for s in sites)), "masked")
 
 
-_FEW_ROWS = 8  # beyond them a packed weight is no longer read at memory speed
+_FEW_ROWS = {"cpu": 8, "cuda": 64}  # beyond them a packed weight isn't read at memory speed
+_STREAMED = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "float16", "bfloat16")}
 _LARGE = 2**20  # weights; smaller ones are in caches, where reading less gains nothing
 
 
@@ -117,8 +118,9 @@ def _streams(site: Site) -> bool:
     if site.kind != "mm" or site.has_backward or not known(site):
         return False
     rows, outputs, inputs = map(number, site.shape)
-    here = site.device == "cpu" and site.dtype in ("float32", "bfloat16")
-    return bool(here and rows <= _FEW_ROWS and outputs * inputs >= _LARGE)
+    served = site.dtype in _STREAMED.get(site.device, ())
+    few = served and rows <= _FEW_ROWS[site.device]
+    return bool(few and outputs * inputs >= _LARGE)
 
 
 def _slower(sites: Sequence[Site], sparse: float, how: str) -> str:

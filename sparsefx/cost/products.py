@@ -66,6 +66,11 @@ def packed_bytes(site: Site, of: Terms) -> Amount:
     return kept * each + kept * (int(bits) if bits.is_number else bits) // 8
 
 
-def executes_dense(op: str) -> bool:
-    """Whether an op runs the full product with a masked operand: right, but no faster."""
-    return op.startswith(("masked_", "nm_")) and not op.startswith("nm_packed")
+def executes_dense(op: str, device: str = "cpu") -> bool:
+    """Whether an op multiplies all pairs, those with a masked operand's zeros too.
+
+    On CUDA a packed weight is expanded on its way to the tensor cores: fewer bytes, no fewer FLOPs.
+    """
+    if op.startswith("nm_packed"):
+        return device == "cuda"
+    return op.startswith(("masked_", "nm_"))

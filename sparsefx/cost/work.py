@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 from sparsefx.config import NM, Sampled
 from sparsefx.cost.algebra import Amount, Terms, least, most, number, terms
-from sparsefx.cost.products import BYTES, dense_flops, packed_weight_bytes, sparse_flops
+from sparsefx.cost.products import (
+    BYTES,
+    dense_flops,
+    executes_dense,
+    packed_weight_bytes,
+    sparse_flops,
+)
 from sparsefx.plan import Site
 from sparsefx.policy import sampled_depth
 
@@ -50,7 +56,9 @@ def masked_work(site: Site) -> Work:
 def packed_work(site: Site, pattern: NM) -> Work:
     """What a product takes that reads kept weights and their indices alone."""
     left, _, out = elements(site)
-    flops = sparse_flops(site, pattern) * _SLOWER.get(site.dtype, 1.0)
+    expanded = executes_dense("nm_packed_mm", site.device)
+    flops = dense_flops(site) if expanded else sparse_flops(site, pattern)
+    flops *= _SLOWER.get(site.dtype, 1.0)
     weight = packed_weight_bytes(site, pattern)
     return Work(flops=flops, moved=_bytes(site) * (left + out) + weight, calls=1)
 

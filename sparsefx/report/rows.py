@@ -145,7 +145,9 @@ def _row(
     full = left = executed = None
     if all(map(compat.has_size, (site.batch, *site.shape))):
         full, left = cost.dense_flops(site), cost.sparse_flops(site, pattern, follows)
-        dense = lowering == MASKED_DENSE or (cost.executes_dense(op) and lowering != READS_KEPT)
+        dense = lowering == MASKED_DENSE or (
+            cost.executes_dense(op, site.device) and lowering != READS_KEPT
+        )
         executed = full if dense else left
     sizes = dict(zip(("M", "N", "K", "batch"), (*site.shape, site.batch), strict=True))
     m, n, k, batch = (compat.size_hint(s) if compat.has_size(s) else None for s in sizes.values())

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.profiler import ProfilerActivity, profile
 
 import sparsefx as sfx
-from sparsefx import NM, Rule, SparseConfig, SparsefxWarning, ops
+from sparsefx import NM, ConfigError, Rule, SparseConfig, SparsefxWarning, ops
 from sparsefx.passes import pack_frozen, rewrite_nm
 from sparsefx.rewriting import copy_graph_module, plan_of
 
@@ -172,6 +172,13 @@ def test_a_rule_that_forces_another_lowering_goes_first():
         report = sfx.explain(model(), config=config)(torch.randn(3, 16))
     assert {row.sparse_op for row in report.sites} == {"nm_mm"}
     assert "packs nothing where a rule says lowering='reference'" in report.sites[0].note
+
+
+def test_a_rule_that_forces_a_kernel_is_about_the_packed_product():
+    rules = [Rule("*", NM(2, 4), lowering="triton")]
+    config = SparseConfig(rules, keep_output_dense=False, codegen="aot_eager", freeze=True)
+    with torch.no_grad(), pytest.raises(ConfigError, match="as 2:4 is nm_packed_mm on cpu"):
+        sfx.explain(model(), config=config)(torch.randn(3, 16))
 
 
 def test_a_layer_that_fails_half_way_is_dense_and_the_rest_packed(monkeypatch):
