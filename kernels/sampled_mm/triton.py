@@ -70,6 +70,22 @@ def _scattered_mm_kernel(a, b, index, scale, y, rows, cols, depth,
     tl.store(y + i * syi + to * syj, acc.to(y.dtype.element_ty), (i < rows) & (j < cols))
 
 
+@triton.jit
+def _taken_kernel(x, index, scale, last, y, rows, depth, width, sxi, sxk, st, sc, sl, syi, syk,
+                  BR: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+    """Do y = x[:, index] * scale, then the column last, then zeros up to width."""
+    pid, across = tl.program_id(0), tl.cdiv(width, BT)
+    i = (pid // across).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    t = (pid % across) * BT + tl.arange(0, BT).to(tl.int64)[None, :]
+    k = tl.load(index + t * st, t < depth, 0).to(tl.int64)  # [1, BT]
+    v = tl.load(x + i * sxi + k * sxk, (i < rows) & (t < depth), 0.0)  # [BR, BT]
+    if scale is not None:
+        v = (v.to(tl.float32) * tl.load(scale + t * sc, t < depth, 0.0)).to(v.dtype)
+    if last is not None:
+        v = tl.where(t == depth, tl.load(last + i * sl, i < rows, 0.0), v)
+    tl.store(y + i * syi + t * syk, v, (i < rows) & (t < width))
+
+
 def sampled_mm(
     x: Tensor, w: Tensor, indices: Tensor, bias: Tensor | None,
     scale: Tensor | None = None, rest: bool = False,
@@ -89,8 +105,8 @@ def sampled_mm(
         _tiles.columns_in_gemm(*shape, x.itemsize))  # fmt: skip
     if inside:
         return fused(x, w, indices, bias, scale, left, right)
-    xs, ws = meaning.left_pairs(x, indices, scale), meaning.right_pairs(w, indices)
-    return _product(xs, ws, left, right, bias)
+    xs, ws = taken(x, indices, scale, left), taken(w.t(), indices, None, right).t()
+    return xs @ ws if bias is None else torch.addmm(bias, xs, ws)
 
 
 def sampled_mm_weight(
@@ -104,25 +120,14 @@ def sampled_mm_weight(
     if not _adds_up(xs, grad):
         return ops.REFERENCES[ops.sampled_mm_weight](xs, grad, indices, transposed, rest)
     k, shape = len(indices), (xs.shape[1], grad.shape[1])
-    left, right = (xs[k], _others(None, grad, indices)[1]) if rest else (None, None)
-    xs = xs[:k].t()
+    right = _others(None, grad, indices)[1] if rest else None
     if not _tiles.rows_in_gemm(*shape, k, grad.itemsize, copies=1):
-        gs = meaning.rows(grad, indices)
-        if transposed:
-            return _product(gs.t(), xs.t(), right, left, None)
-        return _product(xs, gs, left, right, None)
+        gs = taken(grad.t(), indices, None, right, multiple=1)  # [N, k + rest]
+        return gs @ xs if transposed else xs.t() @ gs.t()
     out = xs.new_empty(shape[::-1]).t() if transposed else None
-    y = fused(xs, grad, indices, None, None, left, right, out=out, gather=False)
+    left = xs[k] if rest else None
+    y = fused(xs[:k].t(), grad, indices, None, None, left, right, out=out, gather=False)
     return y.t() if transposed else y
-
-
-def _product(
-    xs: Tensor, ws: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Multiply gathered pairs by the library, those that stand for others as one more."""
-    if left is not None and right is not None:
-        xs, ws = torch.cat([xs, left[:, None]], 1), torch.cat([ws, right[None]])
-    return xs @ ws if bias is None else torch.addmm(bias, xs, ws)
 
 
 def fused(
@@ -169,9 +174,8 @@ def sampled_mm_grad_input(
     shape = grad.shape[0], len(indices), w.shape[1]
     if _tiles.rows_in_gemm(*shape, grad.itemsize, copies=2):
         return scattered(grad, w.t(), indices, y, scale, gather=True)
-    ws = meaning.rows(w, indices)
-    ws = ws if scale is None else meaning.scaled(ws, scale[:, None])
-    return y.index_copy_(1, indices, grad @ ws.t())
+    product = grad @ taken(w.t(), indices, scale)
+    return y.index_copy_(1, indices, product[:, : len(indices)])
 
 
 def sampled_mm_grad_weight(
@@ -216,6 +220,29 @@ def scattered(
         _scattered_mm_kernel[grid](
             a, b, indices, scale, y, rows, cols, depth, *a.stride(), *b.stride(),
             *indices.stride(), _step(scale), *y.stride(), GATHER=gather, **tile)  # fmt: skip
+    return y
+
+
+def taken(
+    x: Tensor, indices: Tensor, scale: Tensor | None = None, last: Tensor | None = None,
+    *, multiple: int = 8,
+) -> Tensor:  # fmt: skip
+    """Copy columns indices [k] of x [R, K], scaled and rounded once; then the column last [R].
+
+    Zeros follow up to a multiple of 8: the library's GEMM wants rows that start on 16 bytes. The
+    copy lies in memory as x does.
+    """
+    rows, depth = len(x), len(indices)
+    width = triton.cdiv(depth + (last is not None), multiple) * multiple
+    turned = x.stride(0) < x.stride(1)
+    y = x.new_empty(width, rows).t() if turned else x.new_empty(rows, width)
+    if y.numel():
+        side = 64  # reasoned: whole lines of 128 bytes of 16-bit elements
+        grid = (triton.cdiv(rows, side) * triton.cdiv(width, side),)
+        with torch.cuda.device_of(x):
+            _taken_kernel[grid](
+                x, indices, scale, last, y, rows, depth, width, *x.stride(), *indices.stride(),
+                _step(scale), _step(last), *y.stride(), BR=side, BT=side)  # fmt: skip
     return y
 
 

@@ -227,7 +227,7 @@ def refuse(*_, **__):
 
 
 def test_what_takes_the_reference(device, monkeypatch):
-    for name in ("fused", "scattered", "_product", "_others", "_weighted"):
+    for name in ("fused", "scattered", "taken", "_others", "_weighted"):
         monkeypatch.setattr(sampled, name, refuse)
     x, w, bias = operands(5, 12, 7, torch.float64, device)
     grad, index = torch.randn(5, 7, dtype=torch.float64, device=device), torch.arange(3).to(device)
@@ -243,6 +243,23 @@ def test_what_takes_the_reference(device, monkeypatch):
     ]:
         twin = ops.REFERENCES[getattr(ops, op)](*arguments)
         assert torch.equal(getattr(sampled, op)(*arguments), twin)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [True, False])
+def test_copies_are_padded_and_lie_as_their_source(dtype, turned, device):
+    x = torch.randn(70, 80, dtype=dtype, device=device)
+    index, scale = torch.randperm(80, device=device)[:65], torch.rand(65, device=device)
+    given = hidden(x.T).T if turned else hidden(x)
+    y = sampled.taken(given, index, scale, given[:, 3])
+    twin = (x[:, index] * scale).to(dtype)  # the interpreter cuts bfloat16 off instead of rounding
+    torch.testing.assert_close(y[:, :65], twin, rtol=torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(y[:, 65], x[:, 3])
+    assert not y[:, 66:].any()
+    assert (y.shape, y.stride()) == ((70, 72), (1, 70) if turned else (72, 1))
+    plain = sampled.taken(given, index, multiple=1)
+    assert torch.equal(plain, x[:, index])
+    assert sampled.taken(given, index[:0]).shape == (70, 0)
 
 
 def test_columns_that_lie_as_rows_are_weighed_as_rows(device, monkeypatch):
