@@ -67,31 +67,35 @@ def masked_copy(w: Tensor) -> Tensor:
     return torch.where(ops.nm_mask(w, 2, 4, 1, True), w, 0)
 
 
-def compressed(w: Tensor, lib: gpu.Vendor) -> tuple[Tensor, Tensor]:
-    kept = masked_copy(w)
-    return lib.compress(kept), lib.compress(kept.t().contiguous())
+def compressed(w: Tensor) -> tuple[Tensor, Tensor]:
+    mask = ops.nm_mask(w, 2, 4, 1, True)
+    return ops.nm24_compress(w, mask), ops.nm24_compress(w.t(), mask.t())
+
+
+def packed_both(w: Tensor) -> tuple[Tensor, ...]:
+    return ops.nm_pack_both(w, ops.nm_mask(w, 2, 4, 1, True), 2, 4)
 
 
 def compression(rows: int, deep: int, s: Setting) -> Field:
-    w, notes = s.randn(rows, deep), []
+    w = s.randn(rows, deep)
     kept = masked_copy(w)
     valid("sparsefx", kept != 0, 2, 4)
     packed_bytes = int(w.numel() * 2 * (1 + 2 * 9 / 16))
     name, work = "sparsefx, masked copy", partial(masked_copy, w)
     field = [clone(w), Contestant(name, work, bytes=4 * w.numel(), ours=True)]
     goals = [Goal(name, 0.77, CLONE)]
-    if (lib := gpu.vendor(s)) is not None:
-        name = "sparsefx mask, packed both ways"
-        field += [
-            Contestant(name, partial(compressed, w, lib), bytes=packed_bytes, ours=True),
-            Contestant("torch's greedy tile", partial(greedy_tile, w, s), bytes=packed_bytes),
-        ]
+    for name, work in {
+        "sparsefx, nm24_compress both ways": partial(compressed, w),
+        "sparsefx, nm_pack_both": partial(packed_both, w),
+    }.items():
+        field.append(Contestant(name, work, bytes=packed_bytes, ours=True))
         goals.append(Goal(name, 0.77, CLONE))
-    else:
-        notes.append("cuSPARSELt: this torch comes without it, so nothing is packed")
-    for one in field[1:3]:
+    for one in field[1:]:
         one.kept, one.limit = share(w, kept), 1 / 1.06
-    return Field(field, goals, notes)
+    if s.dry or torch.backends.cusparselt.is_available():
+        tile = partial(greedy_tile, w, s)
+        field.append(Contestant("torch's greedy tile", tile, bytes=packed_bytes))
+    return Field(field, goals)
 
 
 def compression_cases(s: Setting) -> list[Case]:

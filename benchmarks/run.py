@@ -47,7 +47,9 @@ def on_device(name: str, script: str, tests: Sequence[str], share: float, about:
 SAMPLED = ("tests/ops/test_pairs.py", "tests/kernels/test_moves.py")
 MASKED, GATHERED = ("tests/kernels/test_nm_mm.py",), ("tests/kernels/test_sampled_mm.py",)
 PACKED = ("tests/ops/test_packed.py", "tests/kernels/test_nm_packed.py")
-MASKS, DECODE = ("tests/masks/test_transposable.py",), ("tests/kernels/test_nm_packed_triton.py",)
+DECODE = ("tests/kernels/test_nm_packed_triton.py",)
+MASKS = ("tests/kernels/test_transposable_mask.py",)
+VENDOR = ("tests/kernels/test_vendor_24.py", *MASKS)
 ROWS: dict[str, tuple[Row, ...]] = {
     "cpu_crs": (Row(
         "linear.py", ("--roofline",), SAMPLED, "linear-cpu.json",
@@ -78,23 +80,26 @@ ROWS: dict[str, tuple[Row, ...]] = {
         about="compile time, passes, host time, recompiles",
     ),),
     "tmask_nm": (
-        Row("masks.py", (), MASKS, "masks-cpu.json", about="solvers of transposable masks"),
-        on_device("tmask_nm", "device_masks.py", MASKED, 0.08, "solvers of transposable masks"),
+        Row(
+            "masks.py", (), ("tests/masks/test_transposable.py",), "masks-cpu.json",
+            about="solvers of transposable masks",
+        ),
+        on_device("tmask_nm", "device_masks.py", MASKS, 0.08, "solvers of transposable masks"),
     ),
     "lin24_fwd": (on_device(
-        "lin24_fwd", "lin24.py", MASKED, 0.16, "2:4 linear layers beside cuSPARSELt alone",
+        "lin24_fwd", "lin24.py", VENDOR, 0.16, "2:4 linear layers beside cuSPARSELt alone",
     ),),
     "lin24_train": (on_device(
-        "lin24_train", "lin24.py", MASKED, 0.12, "2:4, forward + backward, a mask at each step",
+        "lin24_train", "lin24.py", VENDOR, 0.12, "2:4, forward + backward, a mask at each step",
     ),),
     "vit_block24": (on_device(
-        "vit_block24", "lin24.py", MASKED, 0.10, "a transformer's block whose MLP is 2:4",
+        "vit_block24", "lin24.py", VENDOR, 0.10, "a transformer's block whose MLP is 2:4",
     ),),
     "mask_compress": (on_device(
-        "mask_compress", "device_masks.py", MASKED, 0.05, "2:4 masks and packing beside clone",
+        "mask_compress", "device_masks.py", MASKS, 0.05, "2:4 masks and packing beside clone",
     ),),
     "tmask_2_4_exact": (on_device(
-        "tmask_2_4_exact", "device_masks.py", MASKED, 0.05, "exact transposable 2:4 masks",
+        "tmask_2_4_exact", "device_masks.py", MASKS, 0.05, "exact transposable 2:4 masks",
     ),),
     "crs_fwd": (on_device(
         "crs_fwd", "device_sampled.py", GATHERED, 0.13, "a sampled forward beside by hand",
