@@ -34,7 +34,7 @@ SUMS |= {"GATHERED": False, "columns": None}
 SIZES |= {"a_depth", "b_depth", "k"}
 POINTERS |= {"scale": "*fp32", "parts": "*fp32"}
 PLAIN = {"GATHER": False, "scale": None}
-SUMS = {"SQUARE": False, "BR": 64, "BD": 64}
+NORMS = {"SQUARE": False, "BR": 64, "BD": 64}
 CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3 product
     "nm_mm-2:4": ("nm_mm", "_nm_mm_kernel", "bf16", "sxk swk sb syj", (2, 4, 0)),
     "nm_mm-16:32": ("nm_mm", "_nm_mm_kernel", "fp32", "sxk swj sb syj", (16, 32, 1)),
@@ -61,7 +61,8 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
     "sampled-conv": ("sampled_conv", "_sampled_conv_kernel", "bf16", "sxk swk stk sb syj", FEW),
     "conv-weight": ("sampled_conv", "_conv_weight_kernel", "bf16", "sgi sxc st scc syc", SUMS),
     "scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sai sbj st syi", PLAIN),
-    "largest-sums": ("scores", "_sums_kernel", "bf16", "sai sbi sw", SUMS),
+    "copies": ("sampled_mm", "_taken_kernel", "bf16", "sxk st sc syk", {"BR": 64, "BT": 64}),
+    "largest-sums": ("scores", "_sums_kernel", "bf16", "sai sbi sw", NORMS),
     "largest": ("scores", "_topk_of_parts_kernel", "i64", "", {"BOTH": True, "BLOCK": 8192}),
 }
 
@@ -89,7 +90,7 @@ def built(root, tmp_path_factory):
 def test_compiles(case, capability, built):
     shared, tensor_core = built[f"{case} {capability}"]
     assert shared <= 99 * 1024  # fits the smallest chip that the tiles are for
-    without = case.startswith(("masked", "largest")) or case == "nm_mm-16:32"  # fp32's ieee dot
+    without = case.startswith(("masked", "largest", "copies")) or case == "nm_mm-16:32"  # fp32's ieee dot
     assert tensor_core == ([] if without else [CAPABILITIES[capability]])
 
 
