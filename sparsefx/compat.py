@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 import random
 import subprocess
@@ -729,9 +730,15 @@ def semi_structured_library(device: torch.device) -> str:
     """Return what multiplies 2:4 weights on a device: "cusparselt", "cutlass" or "" for nothing."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return ""
-    major = torch.cuda.get_device_capability(device)[0]
-    version = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else 0
-    return semi_structured_choice(major, version or 0)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _semi_structured_library(index)
+
+
+@functools.lru_cache(64)
+def _semi_structured_library(index: int) -> str:
+    found = torch.backends.cusparselt
+    version = found.version() if found.is_available() else 0
+    return semi_structured_choice(torch.cuda.get_device_capability(index)[0], version or 0)
 
 
 def semi_structured_choice(major: int, cusparselt: int) -> str:

@@ -77,18 +77,15 @@ def algorithm(library: str, x: Tensor, out: int, bias: bool) -> int | None:
         if compat.recording(x.device):
             return None
         found = _search(key, x)
-        if found is None:
-            return None
-        store.put(key, found)
     return None if found < 0 else found
 
 
-def _search(key: Key, x: Tensor) -> int | None:
-    """The id, -1 where none is right, None where memory was too short to say."""
+def _search(key: Key, x: Tensor) -> int:
+    """Look for an id and remember it; -1 where none is right, or memory is too short to say."""
     try:
         with torch.no_grad():
-            trials = [trial(key, rows, x) for rows in sorted({len(x), key.rows})]
-            return best(key, trials)
+            found = best(key, [trial(key, rows, x) for rows in sorted({len(x), key.rows})])
+        store.put(key, found)
     except torch.OutOfMemoryError as error:
         warnings.warn(
             f"sparsefx: no memory to check algorithms of {key.library} for a 2:4 product of "
@@ -96,24 +93,20 @@ def _search(key: Key, x: Tensor) -> int | None:
             SparsefxWarning,
             stacklevel=4,
         )
-        return None
+        found = -1
+        store.note(key, found)  # the next process may have more
+    return found
 
 
-def best(key: Key, trials: list[Trial], clock: Callable[..., float] | None = None) -> int:
-    """Return the fastest id that is right in every trial, -1 if none is.
-
-    Args:
-        key: what is looked for.
-        trials: the last one is timed.
-        clock: returns the milliseconds of a call; events on the device by default.
-    """
+def best(key: Key, trials: list[Trial]) -> int:
+    """Return the fastest id that is right in every trial, -1 if none is; the last one is timed."""
     chosen, least = -1, float("inf")
     for candidate in candidates(key, trials[-1]):
         if not all(right(key.library, one, candidate) for one in trials):
             continue
         if key.repeatable:
             return candidate
-        took = (clock or _milliseconds)(_product(key.library, trials[-1], candidate))
+        took = milliseconds(_product(key.library, trials[-1], candidate))
         if took < least:
             chosen, least = candidate, took
     return chosen
@@ -195,7 +188,7 @@ def expected(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
     return twin, rounding + (x.shape[1] + 2) * torch.finfo(torch.float32).eps * size
 
 
-def _milliseconds(run: Callable[[], Tensor]) -> float:
+def milliseconds(run: Callable[[], Tensor]) -> float:
     """Time a call on the current stream, in a row of them."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()

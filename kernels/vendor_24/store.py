@@ -44,11 +44,17 @@ def get(key: Sequence[object]) -> int | None:
     return _found[device].get(text)
 
 
+def note(key: Sequence[object], algorithm: int) -> None:
+    """Remember something for this process alone."""
+    device, text = _split(key)
+    _found.setdefault(device, {})[text] = algorithm
+
+
 def put(key: Sequence[object], algorithm: int) -> None:
     """Remember what was found, in the file too; other processes' entries in it stay."""
+    note(key, algorithm)
     device, text = _split(key)
-    known = {**_load(device), **_found.get(device, {}), text: algorithm}
-    _found[device] = known
+    known = {**_load(device), text: algorithm}
     path = path_of(device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from math import log2
 
 from sparsefx import compat
 from sparsefx.config import NM
-from sparsefx.cost.algebra import number
 from sparsefx.plan import Site
 
 # Dense time / 2:4 time by rows, bfloat16 on an H100 PCIe: geometric means over 16 layers of Llama
@@ -57,5 +56,6 @@ def vendor_serves(site: Site, pattern: NM) -> bool:
         return False
     _, *sides = map(compat.settled, site.shape)
     step = compat.semi_structured_step()
-    whole = all(isinstance(side, int) and side and side % step == 0 for side in sides)
-    return bool(step and whole and vendor_pays(number(site.shape[0])))
+    if not step or not all(isinstance(side, int) and side and side % step == 0 for side in sides):
+        return False
+    return vendor_pays(compat.size_hint(site.shape[0]))
