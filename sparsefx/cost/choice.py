@@ -108,8 +108,13 @@ def _compressed(sites: Sequence[Site], pattern: NM | Masked) -> str:
     return _slower(sites, _time(sites[0], total(kept_work(s, pattern) for s in sites)), "masked")
 
 
-_FEW_ROWS = {"cpu": 8, "cuda": 64}  # beyond them a packed weight isn't read at memory speed
-_STREAMED = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "float16", "bfloat16")}
+_FEW_ROWS = {  # beyond them a packed weight is no longer read at memory speed, or is unpacked
+    ("cpu", "float32"): 8,
+    ("cpu", "bfloat16"): 8,
+    ("cuda", "float32"): 16,
+    ("cuda", "float16"): 64,
+    ("cuda", "bfloat16"): 64,
+}
 _LARGE = 2**20  # weights; smaller ones are in caches, where reading less gains nothing
 
 
@@ -118,9 +123,8 @@ def _streams(site: Site) -> bool:
     if site.kind != "mm" or site.has_backward or not known(site):
         return False
     rows, outputs, inputs = map(number, site.shape)
-    served = site.dtype in _STREAMED.get(site.device, ())
-    few = served and rows <= _FEW_ROWS[site.device]
-    return bool(few and outputs * inputs >= _LARGE)
+    most = _FEW_ROWS.get((site.device, site.dtype), 0)
+    return bool(rows <= most and outputs * inputs >= _LARGE)
 
 
 def _slower(sites: Sequence[Site], sparse: float, how: str) -> str:
