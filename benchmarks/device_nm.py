@@ -58,11 +58,10 @@ def decode(tokens: int, out: int, deep: int, n: int, m: int, s: Setting) -> Fiel
     values, codes = ops.nm_pack(w, n, m)
     kept, dense, notes = kept_of(w, n, m), product64(x, w), gpu.missing("macko_spmv")
     twin = product64(x, kept)
-    call = s.compile(linear)
-    field = [
-        Contestant(DENSE, partial(linear, x, w), bytes=size_of(w), dense=True, graph=True),
-        Contestant("dense, torch.compile", partial(call, x, w), bytes=size_of(w), dense=True),
-    ]
+    field = [Contestant(DENSE, partial(linear, x, w), bytes=size_of(w), dense=True, graph=True)]
+    if tokens <= 2:  # Inductor has a kernel of its own for these alone
+        work = partial(s.compile(linear), x, w)
+        field.append(Contestant("dense, torch.compile", work, bytes=size_of(w), dense=True))
     work = partial(ops.nm_packed_mm, x, values, codes, None, n, m)
     limit = size_of(w) / size_of(values, codes)
     own = Contestant(PACKED, work, bytes=size_of(values, codes), limit=limit, ours=True, graph=True)
@@ -74,7 +73,8 @@ def decode(tokens: int, out: int, deep: int, n: int, m: int, s: Setting) -> Fiel
     right = [
         one
         for one in field
-        if judged(one, one.work(), dense if one.dense else twin, dense, deep, notes)
+        if (y := gpu.tried(one, one.work, notes)) is not None
+        and judged(one, y, dense if one.dense else twin, dense, deep, notes)
     ]
     for one in right:
         one.kept = None if one.dense else share(w, kept)

@@ -242,7 +242,10 @@ def _compared(
     for name, work in works.items():
         one = Contestant(name, work, dense=name == DENSE, ours=name.startswith("sampled"))
         one.limit = None if one.dense else limit
-        if judged(one, work(), dense if one.dense else twin, dense, terms, notes):
+        found = gpu.tried(one, work, notes)
+        if found is not None and judged(
+            one, found, dense if one.dense else twin, dense, terms, notes
+        ):
             field.append(one)
     own = next(one.method for one in field if one.ours)
     return Field(field, [Goal(own, 0.98, BEFORE)], notes)

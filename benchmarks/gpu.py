@@ -139,6 +139,17 @@ def judged(
     return False
 
 
+def tried(one: Contestant, call: Callable[[], Any], notes: list[str]) -> Any:
+    """What a call returns; None, with a note, where a library refuses. Ours may raise."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if one.ours or one.dense:
+            raise
+        notes.append(f"{one.method}: refused: {str(error).strip().splitlines()[0]}")
+        return None
+
+
 # --- peers that may be missing
 
 

@@ -111,7 +111,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         "gather_gemm", "device_sampled.py", GATHERED, 0.06, "gathers inside or before a product",
     ),),
     "nm_decode": (on_device(
-        "nm_decode", "device_nm.py", DECODE, 0.08, "packed N:M weights, 1 to 64 rows",
+        "nm_decode", "device_nm.py", DECODE, 0.11, "packed N:M weights, 1 to 64 rows",
     ),),
     "masked_gemm": (on_device(
         "masked_gemm", "device_nm.py", MASKED, 0.07, "the N:M mask made inside the product",

@@ -152,6 +152,20 @@ def test_wrong_values_are_not_timed_and_ours_end_the_row():
     assert (mine.rounding, mine.error) == (0, pytest.approx(0.5))
 
 
+def test_a_peer_that_refuses_is_named_and_ours_may_not():
+    gpu = script("gpu")
+
+    def refuses():
+        raise RuntimeError("shape not supported\nmore")
+
+    notes: list[str] = []
+    peer, mine = (gpu.Contestant(name, refuses, ours=name == "mine") for name in ("peer", "mine"))
+    assert gpu.tried(peer, refuses, notes) is None
+    assert notes == ["peer: refused: shape not supported"]
+    with pytest.raises(RuntimeError, match="shape not supported"):
+        gpu.tried(mine, refuses, notes)
+
+
 def test_the_fastest_algorithm_is_one_whose_values_are_right():
     gpu = script("gpu")
 
