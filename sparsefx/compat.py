@@ -775,9 +775,11 @@ def semi_structured_compress(library: str, kept: Tensor) -> Tensor:
     rows, cols = kept.shape
     if library == "cusparselt":
         return torch._cslt_compress(kept).view(rows, -1)
-    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+    from torch.sparse import _semi_structured_conversions as conversions
 
-    values, places = sparse_semi_structured_from_dense_cutlass(kept)
+    convert: Callable[[Tensor], tuple[Tensor, Tensor]]
+    convert = conversions.sparse_semi_structured_from_dense_cutlass
+    values, places = convert(kept)
     flat = torch.cat([values.reshape(-1), places.reshape(-1).view(kept.dtype)])
     return flat.view(rows, cols // 16 * 9)  # rows of a flat buffer, not of the weight
 

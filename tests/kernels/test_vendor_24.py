@@ -186,6 +186,16 @@ def test_wrong_algorithms_are_refused_and_the_fastest_right_one_kept(library, ca
     assert CALLS == [FASTEST] * 3
 
 
+def test_one_that_is_wrong_now_and_then_is_not_chosen(library, monkeypatch):
+    def seldom(*args):
+        y = product(*args)
+        return y + 1 if CALLS[-1] == FASTEST and CALLS.count(FASTEST) == 15 else y
+
+    monkeypatch.setattr(compat, "semi_structured_mm", seldom)
+    x = torch.randn(16, 64).half()
+    assert search.algorithm(library, x, 32, bias=True) == 6
+
+
 def test_a_suggestion_that_fails_and_a_deterministic_run(library, monkeypatch):
     def fails(*_):
         raise RuntimeError("internal error")
@@ -290,6 +300,21 @@ def test_a_cache_that_can_not_be_written(monkeypatch, tmp_path):
 
 
 # --- torch's own parts
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 100, 512])
+def test_the_real_library(rows, dtype, assert_as_good_as_eager):
+    x, w, mask, bias = (one.cuda() for one in operands(rows, 256, 128, dtype))
+    if not launch.serving(w.t()):
+        pytest.skip("no library serves this GPU")
+    kept = torch.where(mask, w, 0)
+    for b in (bias, None):
+        assert_as_good_as_eager(run(x, w, mask, b), x, kept, b)
+    grad = torch.randn(rows, 128, dtype=dtype, device="cuda")
+    assert_as_good_as_eager(run(grad, w.t(), mask.t(), None), grad, kept.t())
+    assert all(i >= 0 for found in store._found.values() for i in found.values())
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
