@@ -54,7 +54,7 @@ def test_forward(dtype, rows, cols, drawn, device, assert_as_good_as_eager):
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "cols"), [(63, 65), (1, 1), (129, 70)])
-@pytest.mark.parametrize("drawn", ["sorted", "unsorted", "all"])
+@pytest.mark.parametrize("drawn", ["unsorted", "all"])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_gradients(dtype, rows, cols, drawn, transposed, device, assert_as_good_as_eager):
     x, w, _ = operands(rows, 140, cols, dtype, device)
