@@ -86,6 +86,8 @@ def layout(key: Any, x: Tensor, acting: Any, turned: bool, extra: Ints, where: W
     on = torch.backends.cudnn.enabled
     full = key, x.device, x.dtype, x.shape, x.stride(), how, on
     if full not in _LAYOUTS:
+        if len(_LAYOUTS) >= 1 << 12:  # sizes that change at every call
+            _LAYOUTS.clear()
         rest = None, stride, padding, dilation, turned, extra, groups
         _LAYOUTS[full] = compat.convolution_format(x, acting(), *rest)
     return _LAYOUTS[full]

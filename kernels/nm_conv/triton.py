@@ -93,6 +93,8 @@ def _masked_conv_kernel(
             b = tl.where(keep != 0, b, 0.0).to(b.dtype)
         else:
             b = _keep_largest(b, DIM, N, M, MP)
+            if DIM == 1:  # Triton refuses a reshape right before the dot where k is contiguous
+                b = tl.where(here, b, 0.0).to(b.dtype)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if bias is not None:
         acc += tl.load(bias + (group * cols + j) * sb, j < cols, 0.0).to(tl.float32)

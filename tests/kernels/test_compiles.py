@@ -21,9 +21,9 @@ POINTERS = {  # to no element
 }  # fmt: skip
 TAPS = dict.fromkeys(["KH", "KW"], 3) | dict.fromkeys(["PH", "PW", "DH", "DW"], 1)
 PATCH = TAPS | dict.fromkeys(["SH", "SW", "JH", "JW"], 1)  # 3 x 3 of a convolution
-PATCH |= {"BACK": False, "DIM": 0, "N": 2, "M": 4, "MP": 4, "mask": None}
+PATCH |= {"BACK": False, "DIM": 0, "N": 0, "M": 1, "MP": 1}  # a stored mask
 BACK = TAPS | dict.fromkeys(["SH", "SW", "JH", "JW"], 2)  # its grad_input, at stride 2
-BACK |= {"BACK": True, "DIM": 0, "N": 0, "M": 1, "MP": 1, "bias": None}
+BACK |= {"BACK": True, "DIM": 1, "N": 2, "M": 4, "MP": 4, "mask": None, "bias": None}
 PACKED = {"N": 2, "NP": 2, "M": 4, "MP": 4, "BITS": 2}
 PACKED |= {"BM": 16, "BN": 64, "BK": 64, "DOT": 1, "STAGES": 4, "CR": 2, "CK": 2}
 SIZES |= {"groups", "width", "width_t", "each"}
@@ -46,8 +46,8 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
     "masked-2:4": ("nm_mm", "_masked_weight_kernel", "bf16", "swk syk", (2, 4, 0)),
     "sampled": ("sampled_mm", "_sampled_mm_kernel", "bf16", "sxk swk st sb sc syj", True),
     "gather-scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sak sbk st sc syj", True),
-    "nm_conv-2:4": ("nm_conv", "_masked_conv_kernel", "bf16", "sxk swk sb syj", PATCH),
-    "stored-back": ("nm_conv", "_masked_conv_kernel", "fp16", "sxk swj smj syj", BACK),
+    "stored-conv": ("nm_conv", "_masked_conv_kernel", "bf16", "sxk swk smk sb syj", PATCH),
+    "nm_conv-back": ("nm_conv", "_masked_conv_kernel", "fp16", "sxk swk syj", BACK),
     "masked-tiles-2:4": (
         *("transposable_mask.triton.small", "_small_kernel", "bf16", "swj smj"),
         {"N": 2, "T": 128},
