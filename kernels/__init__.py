@@ -164,6 +164,8 @@ TABLE = (
     ),
     Row("take_columns", "CPU", "sparsefx.kernels.moves.cpu:take_columns", "", "C++ take_columns"),
     Row("scattered_mm", "CPU", "sparsefx.kernels.moves.cpu:scattered_mm", "", "C++ scattered_mm"),
+    Row("nm_mask", "CPU", "sparsefx.kernels.nm_mask.cpu:nm_mask", "", "C++ nm_mask"),
+    Row("nm_pack", "CPU", "sparsefx.kernels.nm_packed.cpu:nm_pack", "", "C++ nm_pack"),
     Row("nm_unpack", "CPU", "sparsefx.kernels.nm_packed.cpu:nm_unpack", "", "C++ nm_unpack"),
     Row(
         "nm_packed_mm", "CPU", "sparsefx.kernels.nm_packed.cpu:nm_packed_mm", "", "C++ nm_packed_mm"

@@ -83,8 +83,12 @@ def _opaque(node: Node) -> str:
 
 
 def _left_to_inductor(node: Node) -> bool:
-    """Whether so much is kept that the full product is faster, with a mask that is fused."""
+    """Whether a CPU is faster without its kernel: where much is kept, and masks that are fused."""
     plan = plan_of(node)
+    if node.target is ops.nm_mask:
+        w, _, m, _, transposable = arguments(node)
+        weights = value(w).numel()
+        return bool(transposable or m <= cost.MOST_FUSED or weights < cost.FEWEST_WEIGHTS)
     if node.target is ops.masked_mm and plan is not None and plan.decision is not None:
         decision = plan.decision
         return not cost.reads_kept(plan.site, decision.pattern, decision.lowering)

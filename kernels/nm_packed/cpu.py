@@ -8,12 +8,14 @@ from torch import Tensor
 
 from sparsefx.kernels import _native
 from sparsefx.ops import REFERENCES
+from sparsefx.ops import nm_pack as nm_pack_op
 from sparsefx.ops import nm_packed_mm as nm_packed_mm_op
 from sparsefx.ops import nm_unpack as nm_unpack_op
 from sparsefx.ops.packed import code_bits, code_bytes
 
 _SOURCE = Path(__file__).with_name("nm_packed.cpp")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_MOST_RANKED = 32  # m, of which nm_pack compares all pairs
 # a batch of M is multiplied packed where n / m <= share + rows / M, else unpacked: README.md
 _PACKED = {torch.float32: (0.65, 10), torch.bfloat16: (0.26, 11)}
 
@@ -25,6 +27,21 @@ def _declare(library: ctypes.CDLL) -> None:
         product = getattr(library, f"sparsefx_nm_{name}")
         product.argtypes = [address, size, *weight, address, address, number, number]
         product.restype = None
+    for bits in (16, 32):
+        pack = getattr(library, f"sparsefx_nm_pack_{bits}")
+        pack.argtypes = [
+            address,
+            size,
+            size,
+            number,
+            number,
+            number,
+            address,
+            size,
+            address,
+            number,
+        ]
+        pack.restype = None
     for bits in (16, 32, 64):
         unpack = getattr(library, f"sparsefx_nm_unpack_{bits}")
         unpack.argtypes = [*weight, address, number]
@@ -54,6 +71,22 @@ def nm_packed_mm(
         _native.threads(values.numel()),
     )  # fmt: skip
     return out
+
+
+def nm_pack(w: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """w[R, K] -> values [R, K/m*n] and codes [R, bytes], of float32 and bfloat16 and m up to 32."""
+    library = _native.library(_SOURCE, _declare)
+    ranked = w.dtype in _NAMES and 1 <= n < m <= _MOST_RANKED
+    if library is None or not ranked or w.numel() == 0 or w.shape[1] % m:
+        return REFERENCES[nm_pack_op](w, n, m)
+    w, kept = w.contiguous(), w.shape[1] // m * n
+    values = w.new_empty(w.shape[0], kept)
+    codes = w.new_empty(w.shape[0], code_bytes(kept, m), dtype=torch.uint8)
+    getattr(library, f"sparsefx_nm_pack_{8 * w.element_size()}")(
+        w.data_ptr(), *w.shape, n, m, code_bits(m), values.data_ptr(), codes.shape[1],
+        codes.data_ptr(), _native.threads(w.numel()),
+    )  # fmt: skip
+    return values, codes
 
 
 def nm_unpack(values: Tensor, codes: Tensor, n: int, m: int, depth: int) -> Tensor:

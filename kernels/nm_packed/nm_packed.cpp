@@ -3,12 +3,14 @@
 #include "../memory.h"
 #include "../numbers.h"
 #include "../lines.h"
+#include "../rank.h"
 #include "packed.h"
 
 namespace {
 
 #include "few.h"
 #include "batch.h"
+#include "pack.h"
 
 // to[r, K]: zeros, and each value in its place
 template <typename Item>
@@ -55,6 +57,16 @@ PRODUCTS(Bfloat16, bf16)
                                         uint##BITS##_t* out, int threads) {                        \
     unpack(Packed<uint##BITS##_t>{values, codes, rows, kept, bytes, n, m, bits}, out, threads);    \
   }
+
+#define PACK(BITS)                                                                                 \
+  EXPORT void sparsefx_nm_pack_##BITS(const uint##BITS##_t* w, Size rows, Size depth, int n, int m, \
+                                      int bits, uint##BITS##_t* values, Size bytes,                \
+                                      uint8_t* codes, int threads) {                               \
+    pack(w, rows, depth, n, m, bits, values, bytes, codes, threads);                               \
+  }
+
+PACK(16)
+PACK(32)
 
 UNPACK(16)
 UNPACK(32)

@@ -139,13 +139,38 @@ def _pack_both_kernel(w, mask, values, codes, values_t, codes_t, rows, cols, wid
 
 
 @triton.jit
+def _placed(bits, code, A: tl.constexpr, G: tl.constexpr, NP: tl.constexpr, M: tl.constexpr,
+            MP: tl.constexpr):  # fmt: skip
+    """Put values [A, G * NP] to the places that their codes say: [A, G, MP]."""
+    place = tl.arange(0, MP)[None, None, None, :]
+    hit = (code.reshape(A, G, NP, 1) == place) & (place < M)
+    return tl.sum(tl.where(hit, bits.reshape(A, G, NP, 1).to(tl.int32), 0), axis=2)
+
+
+@triton.jit
+def _shifted(bits, code, A: tl.constexpr, G: tl.constexpr, NP: tl.constexpr, M: tl.constexpr,
+             MP: tl.constexpr):  # fmt: skip
+    """The same of 16-bit values and up to 4 places, by shifts of one word that holds them all."""
+    if M != MP:
+        bits = tl.where(code < M, bits, 0)  # the padding stays 0 whatever a code says
+    word = (bits.to(tl.int64 if MP == 4 else tl.int32) & 0xFFFF) << (code * 16)
+    word = tl.sum(word.reshape(A, G, NP), axis=2)  # [A, G]: no two values share a place
+    dense = tl.join(word.to(tl.int16), (word >> 16).to(tl.int16))
+    if MP == 4:
+        even = tl.join(word.to(tl.int16), (word >> 32).to(tl.int16))
+        odd = tl.join((word >> 16).to(tl.int16), (word >> 48).to(tl.int16))
+        dense = tl.join(even, odd)
+    return dense
+
+
+@triton.jit
 def _expanded(values, codes, r, first, rows, groups, width, svr, svk, scr, sck,
               N: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
               BITS: tl.constexpr, A: tl.constexpr, G: tl.constexpr):  # fmt: skip
     """Load G groups of A rows from group ``first`` on; return them dense, [A, G * MP].
 
-    A weight is the value whose code is its place, else 0: of at most N candidates one is chosen,
-    none multiplied, so a NaN stays where it is.
+    A weight is the value whose code is its place, else 0. Bits are moved and none multiplied, so a
+    NaN stays where it is.
     """
     E: tl.constexpr = 8 // BITS
     lane = tl.arange(0, G * NP)
@@ -162,11 +187,12 @@ def _expanded(values, codes, r, first, rows, groups, width, svr, svk, scr, sck,
     else:
         code = tl.load(codes + r[:, None] * scr + at // E * sck, here, 0).to(tl.int32)
         code = code >> (at % E * BITS).to(tl.int32)
-    code = (code & ((1 << BITS) - 1)).reshape(A, G, NP, 1)
-    place = tl.arange(0, MP)[None, None, None, :]
-    hit = (code == place) & (place < M)
-    dense = tl.where(hit, bits.to(tl.int32).reshape(A, G, NP, 1), 0)
-    dense = tl.sum(dense, axis=2).reshape(A, G * MP)
+    code = code & ((1 << BITS) - 1)
+    if MP <= 4 and values.dtype.element_ty != tl.float32:
+        dense = _shifted(bits, code, A, G, NP, M, MP)
+    else:
+        dense = _placed(bits, code, A, G, NP, M, MP)
+    dense = dense.reshape(A, G * MP)
     return dense.to(bits.dtype).to(values.dtype.element_ty, bitcast=True)
 
 

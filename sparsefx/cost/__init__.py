@@ -5,7 +5,7 @@ from sparsefx.cost.calibrated import digest, pace_of, table
 from sparsefx.cost.choice import predicted, predicted_dense, told, unprofitable
 from sparsefx.cost.expressions import Expressions, expressions
 from sparsefx.cost.fitting import Fit, Sample, fit
-from sparsefx.cost.kept import reads_kept
+from sparsefx.cost.kept import FEWEST_WEIGHTS, MOST_FUSED, reads_kept
 from sparsefx.cost.measured import Calibration, Measured
 from sparsefx.cost.paces import MARGIN, PACES, Pace
 from sparsefx.cost.products import (
@@ -18,7 +18,9 @@ from sparsefx.cost.vendor import vendor_pays
 from sparsefx.cost.work import Work, dense_work, sampled_work, total
 
 __all__ = [
+    "FEWEST_WEIGHTS",
     "MARGIN",
+    "MOST_FUSED",
     "PACES",
     "BreakEven",
     "Calibration",

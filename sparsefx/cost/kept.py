@@ -16,6 +16,7 @@ from sparsefx.plan import Site
 
 MOST_KEPT = 0.25  # share of the weights
 FEWEST_WEIGHTS = 2**16  # below them a masked dense product takes as long
+MOST_FUSED = 8  # m of a mask that Inductor ranks by pairs, which it fuses; beyond, by a table
 FEWEST_ROWS = 64  # below them it is compressing that takes the time
 _SLOWER = 2.0  # an operation on a kept weight than one of a dense product
 # bytes that take as long as a weight that is looked at, by where it lies; one whose mask is made
