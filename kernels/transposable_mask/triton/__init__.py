@@ -3,14 +3,17 @@
 Meaning: sparsefx/masks/transposable.py, magnitude.py.  Derivations: README.md.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sparsefx import ops
 from sparsefx.kernels import _tiles
-from sparsefx.kernels.transposable_mask.triton import exact, rows, small
+from sparsefx.kernels.transposable_mask.triton import entropic, exact, rows, small
 
 SIDES = (4, 8, 16, 32)
+SOLVERS = ("exact", "entropic")
 LARGEST_GROUP = 32
 
 
@@ -47,7 +50,7 @@ def solve(w: Tensor, n: int, m: int, solver: str) -> Tensor | None:
     """Make a transposable mask, as ``masks.transposable_mask`` does.
 
     Served: m of 4, 8, 16 and 32 that divides both sizes, in float32, float16 and bfloat16, by
-    the solver "exact".
+    the solvers "exact", with the operators' own mask, and "entropic".
 
     Args:
         w: [rows, cols, *taps], any strides.
@@ -59,14 +62,19 @@ def solve(w: Tensor, n: int, m: int, solver: str) -> Tensor | None:
         bool, the shape of w, the taps outermost in memory; None for what isn't served.
     """
     whole = not (w.shape[0] % m or w.shape[1] % m)
-    if solver != "exact" or m not in SIDES or w.dtype not in _tiles.DTYPES or not whole:
+    if solver not in SOLVERS or m not in SIDES or w.dtype not in _tiles.DTYPES or not whole:
         return None
     taps = w.permute(*range(2, w.dim()), 0, 1)  # [*taps, rows, cols]
     mask = torch.empty(taps.shape, dtype=torch.bool, device=w.device)
     if w.numel():
-        operands = _as_matrices(taps), _as_matrices(mask.view(torch.uint8))
-        small.solve(*operands, n) if m == 4 else exact.solve(*operands, n, m)
+        _solver(m, solver)(_as_matrices(taps), _as_matrices(mask.view(torch.uint8)), n, m)
     return mask.permute(-2, -1, *range(w.dim() - 2))
+
+
+def _solver(m: int, solver: str) -> Callable[[Tensor, Tensor, int, int], None]:
+    if solver == "entropic":
+        return entropic.solve
+    return small.solve if m == small.SIDE else exact.solve
 
 
 def _as_matrices(w: Tensor) -> Tensor:

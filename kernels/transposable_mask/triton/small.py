@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsefx.kernels.transposable_mask.triton.levels import integer_levels, magnitude_bits
 
+SIDE = 4
 CODE = tl.constexpr(12)  # bits below a level: which of the first three rows' entries are kept
 
 
@@ -128,15 +129,16 @@ def _finite(bits):
     return tl.where(bits < 0x7F800000, bits, 0)
 
 
-def solve(w: Tensor, mask: Tensor, n: int) -> None:
+def solve(w: Tensor, mask: Tensor, n: int, m: int = SIDE) -> None:
     """Write the best masks of 4 x 4 tiles, n per row and column.
 
     Args:
         w: [taps, rows, cols] with sizes of whole tiles; float32, float16 or bfloat16.
         mask: uint8, the shape of w.
         n: 1, 2 or 3.
+        m: 4.
     """
-    taps, down, across = w.shape[0], w.shape[1] // 4, w.shape[2] // 4
+    taps, down, across = w.shape[0], w.shape[1] // m, w.shape[2] // m
     lanes = min(128, triton.next_power_of_2(across))
     grid = (taps * down * triton.cdiv(across, lanes),)
     with torch.cuda.device_of(w):
