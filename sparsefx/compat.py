@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import inspect
+import platform
 import random
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -253,8 +256,25 @@ def inductor_option_names() -> list[str]:
     return list(inductor_config.get_config_copy())
 
 
+@functools.cache
+def instructions() -> str:
+    """A digest of what the processor can do: all that ``-march=native`` may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    named = " ".join(sorted(flags.partition(":")[2].split())) or platform.processor()
+    told = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {named}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
 def build_cpp(source: str) -> ctypes.CDLL:
     """Compile C++ with Inductor's own flags and load it; kept on disk among what Inductor compiled.
+
+    These flags ask for the instructions of the machine at hand without naming them, so what the
+    machine has is made part of the source: a cache that machines share holds a library for each
+    kind, and none is loaded whose instructions this one lacks.
 
     Args:
         source: self-contained; its functions are extern "C". OpenMP is on where Inductor has it.
@@ -265,7 +285,7 @@ def build_cpp(source: str) -> ctypes.CDLL:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load(source)
+        library = CppCodeCache.load(f"// for {instructions()}\n{source}")
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise KernelError(
@@ -777,9 +797,7 @@ def semi_structured_compress(library: str, kept: Tensor) -> Tensor:
         return torch._cslt_compress(kept).view(rows, -1)
     from torch.sparse import _semi_structured_conversions as conversions
 
-    convert: Callable[[Tensor], tuple[Tensor, Tensor]]
-    convert = conversions.sparse_semi_structured_from_dense_cutlass
-    values, places = convert(kept)
+    values, places = conversions.sparse_semi_structured_from_dense_cutlass(kept)  # type: ignore[no-untyped-call]
     flat = torch.cat([values.reshape(-1), places.reshape(-1).view(kept.dtype)])
     return flat.view(rows, cols // 16 * 9)  # rows of a flat buffer, not of the weight
 

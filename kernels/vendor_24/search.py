@@ -84,7 +84,7 @@ def algorithm(library: str, x: Tensor, out: int, bias: bool) -> int | None:
 def _search(key: Key, x: Tensor) -> int:
     """Look for an id and remember it; -1 where none is right, or memory is too short to say."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.device_of(x):
             found = best(key, [trial(key, rows, x) for rows in sorted({len(x), key.rows})])
         store.put(key, found)
     except torch.OutOfMemoryError as error:

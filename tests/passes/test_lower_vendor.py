@@ -115,6 +115,19 @@ return [%8, %18, %17, %12]""",
     )
 
 
+def test_a_forward_saves_no_packed_weight(rewritten):
+    found = rewritten(nn.Linear(64, 32), torch.randn(48, 64, requires_grad=True), rules())
+    found.run(lower_vendor)
+    forward, backward = compat.partition(found.gm, 1)
+    for part in (forward, backward):
+        made = [node.target for node in part.graph.nodes]
+        assert (made.count(ops.nm24_compress), made.count(ops.nm24_mm)) == (1, 1)
+    _, *saved = next(node for node in forward.graph.nodes if node.op == "output").args[0]
+    assert sorted(str(node.meta["val"].dtype) for node in saved) == [
+        "torch.bfloat16", "torch.bfloat16", "torch.bool"
+    ]  # fmt: skip
+
+
 class Stored(nn.Module):
     """x @ w, its weight stored [in, out]."""
 
