@@ -1,6 +1,7 @@
 """Rows for a CUDA device: every step on the CPU with tiny sizes, and how they end."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -10,7 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
-HERE = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -272,3 +274,12 @@ def test_a_dry_run_writes_nothing_and_needs_no_device(run, monkeypatch):
     assert run.main(["crs_fwd", "--dry-run"]) == 0
     assert "--dry-run" in run.started[0]
     assert "--json" not in run.started[0]
+
+
+def test_a_bare_machine_imports_the_package():
+    """One with torch, triton and pytest alone: what only prints is imported when it prints."""
+    rooms = ("sparsefx", "passes", "kernels")
+    files = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
+    assert len(files) > 100
+    for path in files:
+        assert not re.search(r"^(from|import) rich", path.read_text("utf-8"), re.MULTILINE), path

@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from sparsefx.config import NM
@@ -22,6 +21,9 @@ from sparsefx.sparsifiers.least_squares import layer_error
 from sparsefx.sparsifiers.mask import is_sharded
 from sparsefx.sparsifiers.streaming import Forward, Keep, Stream, Survey, collect, quiet, survey
 from sparsefx.sparsifiers.targets import Rules, Target
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ class Calibrated(Sparsifier):
         stream = Stream(self.model, batches, forward, keep)
         if self.sequential:
             stream.check_repeats()
+        from rich.progress import Progress  # a machine that only computes needs no rich
+
         with quiet(self.model), _Work(self) as work, Progress(disable=not self.progress) as bar:
             rows = work.sequential(stream, bar) if self.sequential else work.at_once(stream, bar)
             work.finish()
