@@ -1,5 +1,6 @@
 """Products with a mask that keeps little, in C++: values, orientations, what is declined."""
 
+import ctypes
 import dataclasses
 import os
 import re
@@ -303,3 +304,20 @@ def test_what_keeps_little_is_profitable(size, m):
 )
 def test_the_rest_is_not(sites, pattern, why):
     assert re.search(f"^not profitable: .*{why}", cost.unprofitable(sites, pattern))
+
+
+def test_a_library_serves_machines_with_the_same_instructions(monkeypatch):
+    """A cache of compiled code may be shared: another processor builds another library."""
+    asked = []
+
+    def load(source):
+        asked.append(source)
+        return ctypes.CDLL(None)
+
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", load)
+    here = compat.instructions()
+    for processor in (here, here, "another"):
+        monkeypatch.setattr(compat, "instructions", lambda name=processor: name)
+        compat.build_cpp("int x;")
+    assert asked == [f"// for {name}\nint x;" for name in (here, here, "another")]
+    assert re.fullmatch("[0-9a-f]{16}", here)
