@@ -138,6 +138,9 @@ def fused(
     """Run sampled_mm in one launch: neither gathered operand is written.
 
     ``left`` [M] and ``right`` [N] add their outer product; without ``gather`` x is [M, k] already.
+
+    Raises:
+        ValueError: K of x and w differ, or k of x and the indices.
     """
     rows, cols, depth = x.shape[0], w.shape[1], len(indices)
     if x.shape[1] != (w.shape[0] if gather else depth):
@@ -208,7 +211,11 @@ def sampled_mm_grad_weight(
 def scattered(
     a: Tensor, b: Tensor, indices: Tensor, y: Tensor, scale: Tensor | None = None, *, gather: bool
 ) -> Tensor:
-    """Write a [M, D] @ b [D, k] * scale into columns indices [k] of y; gather picks b's too."""
+    """Write a [M, D] @ b [D, k] * scale into columns indices [k] of y; gather picks b's too.
+
+    Raises:
+        ValueError: D of a and b differ, or k of b and the indices.
+    """
     (rows, depth), cols = a.shape, len(indices)
     if depth != b.shape[0] or (not gather and cols != b.shape[1]):
         raise ValueError(f"{list(a.shape)} @ {list(b.shape)} into {cols} columns: sizes differ")

@@ -119,6 +119,9 @@ def topk_mm_indices(x: Tensor, w: Tensor, k: int, scores: str) -> Tensor:
 
     float64, other than matrices or one batch of each, and sizes that differ take the reference;
     more than 8192 pairs are sorted by torch.
+
+    Raises:
+        RuntimeError: k is larger than K, as torch says it.
     """
     if not _served(x, w, k):
         return ops.REFERENCES[ops.topk_mm_indices](x, w, k, scores)
@@ -151,6 +154,9 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     """Choose the k largest of scores [*, K]: int64 [*, k], ascending.
 
     float64 and integers, and more than 8192 scores, take the reference.
+
+    Raises:
+        RuntimeError: k is larger than K, as torch says it.
     """
     depth = scores.shape[-1]
     if depth > LARGEST or k > depth or scores.dtype not in _tiles.DTYPES:
