@@ -20,7 +20,7 @@ def magnitude_bits(w):
 
 
 @triton.jit
-def integer_levels(bits, largest, finite, ROOM: tl.constexpr):
+def integer_levels(bits, largest, finite, ROOM: tl.constexpr, FINITE: tl.constexpr = False):
     """Round magnitudes to integers up to 2**46, those of a tile in one unit.
 
     Args:
@@ -28,6 +28,7 @@ def integer_levels(bits, largest, finite, ROOM: tl.constexpr):
         largest: of the tile, broadcast against bits.
         finite: the largest of its finite ones.
         ROOM: 2**ROOM is above the number of a tile's entries.
+        FINITE: no tile of the program holds NaN or infinity, which are not looked for then.
 
     Returns:
         int64, the shape of bits.
@@ -39,8 +40,11 @@ def integer_levels(bits, largest, finite, ROOM: tl.constexpr):
     )
     room = room.to(tl.int64)
     unit = ((room - top + 1023) << 52).to(tl.float64, bitcast=True)
-    value = tl.where(bits < INFINITY, bits, 0).to(tl.float32, bitcast=True).to(tl.float64)
+    value = bits if FINITE else tl.where(bits < INFINITY, bits, 0)
+    value = value.to(tl.float32, bitcast=True).to(tl.float64)
     level = (value * unit + SHIFTED).to(tl.int64, bitcast=True) & 0xFFFFFFFFFFFFF  # ties to even
+    if FINITE:
+        return level
     one = tl.full((), 1, tl.int64)
     level = tl.where(bits == INFINITY, one << (room + ROOM), level)
     return tl.where(bits > INFINITY, one << (room + 2 * ROOM), level)

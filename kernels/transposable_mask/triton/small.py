@@ -83,12 +83,25 @@ def _best(k0, k1, k2, k3, N: tl.constexpr):
 
 
 @triton.jit
-def _key(bits, largest, finite, ROW: tl.constexpr):
+def _key(bits, largest, finite, ROW: tl.constexpr, FINITE: tl.constexpr):
     """A level above its place in the code: earlier places weigh more, the last row nothing."""
-    level = integer_levels(bits, largest, finite, 5) << CODE
+    level = integer_levels(bits, largest, finite, 5, FINITE) << CODE
     if ROW < 3:
         level += tl.full((), 1, tl.int64) << (11 - 4 * ROW - tl.arange(0, 4))[None, :]
     return level
+
+
+@triton.jit
+def _best_of_rows(b0, b1, b2, b3, largest, N: tl.constexpr, FINITE: tl.constexpr):
+    """The best total and its code, of the magnitudes [T, 4] of each row."""
+    finite = largest
+    if not FINITE:
+        finite = tl.maximum(_finite(b0), _finite(b1))
+        finite = tl.maximum(finite, tl.maximum(_finite(b2), _finite(b3)))
+        finite = tl.max(finite, 1, keep_dims=True)
+    k0, k1 = _key(b0, largest, finite, 0, FINITE), _key(b1, largest, finite, 1, FINITE)
+    k2, k3 = _key(b2, largest, finite, 2, FINITE), _key(b3, largest, finite, 3, FINITE)
+    return _best(k0, k1, k2, k3, N)
 
 
 @triton.jit
@@ -108,10 +121,10 @@ def _small_kernel(w, mask, down, across, swt, swi, swj, smt, smi, smj,
     b3 = magnitude_bits(tl.load(at + 3 * row * swi, inside, 0.0))  # [T, 4]
     largest = tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))
     largest = tl.max(largest, 1, keep_dims=True)
-    finite = tl.maximum(tl.maximum(_finite(b0), _finite(b1)), tl.maximum(_finite(b2), _finite(b3)))
-    finite = tl.max(finite, 1, keep_dims=True)
-    best = _best(_key(b0, largest, finite, 0), _key(b1, largest, finite, 1),
-                 _key(b2, largest, finite, 2), _key(b3, largest, finite, 3), N)  # fmt: skip
+    if tl.max(largest) < 0x7F800000:  # no NaN or infinity: a third less to do
+        best = _best_of_rows(b0, b1, b2, b3, largest, N, True)
+    else:
+        best = _best_of_rows(b0, b1, b2, b3, largest, N, False)
     code = (best & 0xFFF).to(tl.int32)[:, None]
     m0 = (code >> (11 - place)) & 1
     m1 = (code >> (7 - place)) & 1
