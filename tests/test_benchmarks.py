@@ -298,6 +298,27 @@ def test_overheads_are_told(tmp_path, capsys):
     assert "scattered_mm" in capsys.readouterr().out
 
 
+def test_a_cold_start_tells_the_building_of_kernels_apart(tmp_path, capsys, monkeypatch):
+    overhead = script("overhead")
+    found = {"dense": (4.0, 0.0), "sampled 0.3": (9.0, 4.6), "2:4": (4.2, 0.0)}
+    monkeypatch.setattr(overhead, "_elsewhere", lambda net, name: found[name])
+    path = tmp_path / "overhead.json"
+    chosen = ["--parts", "cold", "--nets", "MLP, 4 x 512", "--rounds", "2"]
+    overhead.main([*chosen, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["seconds"], row["kernels"]) for row in rows][1] == ([9.0, 9.0], [4.6, 4.6])
+    printed = capsys.readouterr().out
+    assert "+10%, and 4.6 s once for C++ kernels" in printed
+    assert "+5%" in printed
+
+
+def test_building_is_timed(monkeypatch):
+    overhead, spent = script("overhead"), []
+    monkeypatch.setattr(overhead.time, "perf_counter", iter([1.0, 3.5]).__next__)
+    assert overhead._timed(len, spent)("abc") == 3
+    assert spent == [2.5]
+
+
 @pytest.fixture(scope="module")
 def packed() -> ModuleType:
     return script("packed")
