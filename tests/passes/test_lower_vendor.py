@@ -8,6 +8,7 @@ from torch import nn
 from sparsefx import ConfigError, SparseConfig, compat, cost, ops, passes, pipeline
 from sparsefx.config import NM, Dense, Rule
 from sparsefx.cost.vendor import published_speedup, vendor_pays
+from sparsefx.lowering import kind_of, lowering_of
 from sparsefx.passes import lower_vendor, rewrite_nm, share_masks
 from sparsefx.plan import Site
 from sparsefx.testing import capture, run_pass
@@ -292,6 +293,12 @@ def test_what_can_not_be_forced_says_why(library):
         outcome_of(nn.Linear(64, 32), torch.randn(16, 64), rules())
     with pytest.raises(ConfigError, match="lowering=None; 2:4 by the vendor's library: neither"):
         outcome_of(nn.Linear(64, 32), torch.randn(16, 64), rules())
+
+
+def test_what_it_is_called():
+    assert kind_of(lowering_of("nm24_mm", "cuda", PATTERN)) == "vendor"
+    assert lowering_of("nm24_mm", "cpu", PATTERN) == "masked dense"
+    assert not cost.executes_dense("nm24_mm")
 
 
 def test_the_pass_runs_behind_share_masks():
