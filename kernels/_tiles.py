@@ -150,15 +150,18 @@ PACKED_ROWS = 64  # one tile of x: beyond it each more would expand the weight a
 def packed_in_gemm(rows: int, outputs: int, depth: int, itemsize: int, n: int, m: int) -> bool:
     """Expand a packed weight inside the GEMM (True), or unpack it for the library's GEMM.
 
-    Both expand every weight off the tensor cores; inside, nothing of the dense size is moved.
+    Inside, nothing of the dense size is moved; places are found off the tensor cores both ways.
     """
     dense = 2 * rows * outputs * depth / RATE[itemsize]
     ends = rows * (depth + outputs) * itemsize / BANDWIDTH
     weight = outputs * depth * itemsize / BANDWIDTH
     packed = outputs * depth * n / m * (itemsize + code_bits(m) / 8) / BANDWIDTH
-    expanding = outputs * depth * 2 * n / INTEGER_RATE  # compared, selected
+    # instructions a weight, from the SASS: words are shifted, places compared, values stored
+    shifted = itemsize == 2 and m <= 4
+    expanding = outputs * depth * (4 + 3 * n if shifted else 6 + 4 * n) / INTEGER_RATE
+    storing = outputs * depth * (4 + 3 * n if shifted else 2 + 16 * n / m) / INTEGER_RATE
     inside = max(dense / MASK_SHARE[itemsize], packed + ends, expanding)
-    unpacking = LAUNCH + max(packed + weight, expanding)
+    unpacking = LAUNCH + max(packed + weight, storing)
     return rows <= PACKED_ROWS and inside <= unpacking + max(dense, weight + ends)
 
 
@@ -182,7 +185,8 @@ def packed_gemm(
     """
     dot = itemsize == 2 or rows > 4
     bm = min(PACKED_ROWS, max(16 if dot else 1, power_of_2(rows)))
-    bn, bk = _expanded_tile(64 if dot else 32, 64 if itemsize == 2 else 32, n, m)
+    lanes = (128 if n == 1 else 64) if itemsize == 2 else 32
+    bn, bk = _expanded_tile(64 if dot else 32, lanes, n, m)
     steps = ceil(depth / m / (bk // power_of_2(m)))
     programs = ceil(rows / bm) * ceil(outputs / bn)
     wanted = ceil(2 * chip.processors / max(programs, 1))
@@ -197,11 +201,10 @@ def packed_gemm(
     return tile | {"splits": splits, "each": each, "STAGES": stages, "num_warps": 4}
 
 
-def unpack_tile(depth: int, n: int, m: int) -> dict[str, int]:
+def unpack_tile(depth: int, m: int) -> dict[str, int]:
     """Rows A and groups G of a packed weight that a program unpacks."""
     wide = max(_chunk(m), min(256, power_of_2(depth)))
-    rows, lanes = _expanded_tile(4096 // wide, wide, n, m)
-    return {"A": rows, "G": lanes // power_of_2(m), "num_warps": 4}
+    return {"A": 4096 // wide, "G": wide // power_of_2(m), "num_warps": 4}
 
 
 def pack_tile(rows: int, depth: int, n: int, m: int) -> dict[str, int]:

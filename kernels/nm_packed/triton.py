@@ -164,20 +164,16 @@ def _shifted(bits, code, A: tl.constexpr, G: tl.constexpr, NP: tl.constexpr, M: 
 
 
 @triton.jit
-def _expanded(values, codes, r, first, rows, groups, width, svr, svk, scr, sck,
-              N: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-              BITS: tl.constexpr, A: tl.constexpr, G: tl.constexpr):  # fmt: skip
-    """Load G groups of A rows from group ``first`` on; return them dense, [A, G * MP].
-
-    A weight is the value whose code is its place, else 0. Bits are moved and none multiplied, so a
-    NaN stays where it is.
-    """
+def _loaded(values, codes, r, first, rows, groups, width, svr, svk, scr, sck,
+            N: tl.constexpr, NP: tl.constexpr, BITS: tl.constexpr, A: tl.constexpr,
+            G: tl.constexpr):  # fmt: skip
+    """Load G groups of A rows from group ``first`` on: values and codes, [A, G * NP] both."""
     E: tl.constexpr = 8 // BITS
     lane = tl.arange(0, G * NP)
     group, slot = first + lane // NP, lane % NP
     at = (group * N + slot)[None, :]
     here = (r[:, None] < rows) & ((group < groups) & (slot < N))[None, :]
-    bits = _bits_of(tl.load(values + r[:, None] * svr + at * svk, here, 0.0))
+    kept = tl.load(values + r[:, None] * svr + at * svk, here, 0.0)
     if N == NP:  # whole bytes, each read once: G * N is a multiple of E
         byte = (first * N // E + tl.arange(0, G * N // E))[None, :]
         read = (r[:, None] < rows) & (byte < width)
@@ -187,13 +183,23 @@ def _expanded(values, codes, r, first, rows, groups, width, svr, svk, scr, sck,
     else:
         code = tl.load(codes + r[:, None] * scr + at // E * sck, here, 0).to(tl.int32)
         code = code >> (at % E * BITS).to(tl.int32)
-    code = code & ((1 << BITS) - 1)
-    if MP <= 4 and values.dtype.element_ty != tl.float32:
+    return kept, code & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _expanded(kept, code, A: tl.constexpr, G: tl.constexpr, NP: tl.constexpr, M: tl.constexpr,
+              MP: tl.constexpr):  # fmt: skip
+    """Make what was loaded dense: [A, G * MP].
+
+    A weight is the value whose code is its place, else 0. Bits are moved and none multiplied, so a
+    NaN stays where it is.
+    """
+    bits = _bits_of(kept)
+    if MP <= 4 and kept.dtype != tl.float32:
         dense = _shifted(bits, code, A, G, NP, M, MP)
     else:
         dense = _placed(bits, code, A, G, NP, M, MP)
-    dense = dense.reshape(A, G * MP)
-    return dense.to(bits.dtype).to(values.dtype.element_ty, bitcast=True)
+    return dense.reshape(A, G * MP).to(bits.dtype).to(kept.dtype, bitcast=True)
 
 
 @triton.jit
@@ -203,11 +209,20 @@ def _unpack_kernel(values, codes, y, rows, groups, width, svr, svk, scr, sck,
     pid, across = tl.program_id(0), tl.cdiv(groups, G)
     r = (pid // across).to(tl.int64) * A + tl.arange(0, A)
     first = (pid % across).to(tl.int64) * G
-    w = _expanded(values, codes, r, first, rows, groups, width, svr, svk, scr, sck,
-                  N, NP, M, MP, BITS, A, G)  # fmt: skip
+    kept, code = _loaded(values, codes, r, first, rows, groups, width, svr, svk, scr, sck,
+                         N, NP, BITS, A, G)  # fmt: skip
+    to = y + r[:, None] * (groups * M)
     k = first * M + _place(G * MP, M, MP)[None, :]
     inside = (r[:, None] < rows) & (k < groups * M)
-    tl.store(y + r[:, None] * (groups * M) + k, w, inside)
+    if MP <= 4 and kept.dtype != tl.float32:
+        tl.store(to + k, _expanded(kept, code, A, G, NP, M, MP), inside)
+    else:  # instructions for each value kept, not for each place that it could have
+        tl.store(to + k, tl.zeros((A, G * MP), kept.dtype), inside)
+        lane = tl.arange(0, G * NP)
+        group, slot = first + lane // NP, lane % NP
+        here = ((group < groups) & (slot < N))[None, :] & (r[:, None] < rows) & (code < M)
+        tl.debug_barrier()  # the zeros of this program come before its values
+        tl.store(to + group[None, :] * M + code, kept, here)
 
 
 @triton.jit
@@ -227,8 +242,9 @@ def _packed_mm_kernel(x, values, codes, bias, y, rows, cols, groups, width, each
     begin = split * each * G
     end = tl.minimum(begin + each * G, groups)
     for first in tl.range(begin, end, G, num_stages=STAGES):
-        w = _expanded(values, codes, j, first, cols, groups, width, svr, svk, scr, sck,
-                      N, NP, M, MP, BITS, BN, G)  # fmt: skip
+        kept, code = _loaded(values, codes, j, first, cols, groups, width, svr, svk, scr, sck,
+                             N, NP, BITS, BN, G)  # fmt: skip
+        w = _expanded(kept, code, BN, G, NP, M, MP)
         k = first * M + lane
         if DOT:
             a = tl.load(
@@ -354,7 +370,7 @@ def nm_unpack(values: Tensor, codes: Tensor, n: int, m: int, depth: int) -> Tens
     y = values.new_empty(rows, depth)
     if not y.numel():
         return y
-    tile = _tiles.unpack_tile(depth, n, m)
+    tile = _tiles.unpack_tile(depth, m)
     grid = (triton.cdiv(rows, tile["A"]) * triton.cdiv(groups, tile["G"]),)
     with torch.cuda.device_of(values):
         _unpack_kernel[grid](values, codes, y, rows, groups, codes.shape[1], *values.stride(),

@@ -78,7 +78,7 @@ def unprofitable(sites: Sequence[Site], pattern: Pattern, packed: bool = False) 
         packed: whether weights of graphs without a backward are packed when they are compiled.
     """
     device = sites[0].device
-    if isinstance(pattern, NM) and packed and _streams(sites[0]):
+    if isinstance(pattern, NM) and packed and _streams(sites[0], pattern):
         return _slower(sites, _time(sites[0], packed_work(sites[0], pattern)), "packed")
     if isinstance(pattern, NM) and known(*sites) and vendor_serves(sites[0], pattern):
         return ""  # others measured it, see cost/vendor.py
@@ -111,18 +111,19 @@ def _compressed(sites: Sequence[Site], pattern: NM | Masked) -> str:
 _FEW_ROWS = {  # beyond them a packed weight is no longer read at memory speed, or is unpacked
     ("cpu", "float32"): 8,
     ("cpu", "bfloat16"): 8,
-    ("cuda", "float32"): 16,
     ("cuda", "float16"): 64,
     ("cuda", "bfloat16"): 64,
 }
 _LARGE = 2**20  # weights; smaller ones are in caches, where reading less gains nothing
 
 
-def _streams(site: Site) -> bool:
+def _streams(site: Site, pattern: NM) -> bool:
     """Whether a packed weight is read once, from memory: all that its kernel is counted on for."""
     if site.kind != "mm" or site.has_backward or not known(site):
         return False
     rows, outputs, inputs = map(number, site.shape)
+    if site.device == "cuda" and (pattern.m > 4 or 2 * pattern.n > pattern.m):
+        return False  # by their instructions: not measured
     most = _FEW_ROWS.get((site.device, site.dtype), 0)
     return bool(rows <= most and outputs * inputs >= _LARGE)
 

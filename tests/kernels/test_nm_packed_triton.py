@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sparsefx as sfx
 from sparsefx import masks, ops
 from sparsefx.errors import MaskError
 from sparsefx.kernels.nm_packed import triton as packed
@@ -179,17 +178,6 @@ def test_product(dtype, rows, outputs, groups, device, assert_as_good_as_eager):
     dense = unpacked(values, codes, 2, 4).T
     for b in (bias, None):
         assert_as_good_as_eager(packed.streamed(x, values, codes, b, 2, 4), x, dense, b)
-
-
-def test_a_packed_layer_holds_what_the_kernels_read(device):
-    layer = torch.nn.Sequential(torch.nn.Linear(64, 24)).to(device)
-    sfx.pack(layer, sfx.SparseConfig([sfx.Rule("*", sfx.NM(2, 4))], keep_output_dense=False))
-    values, codes, bias = layer[0].weight_values, layer[0].weight_codes, layer[0].bias
-    x = torch.randn(3, 64, device=device)
-    with torch.no_grad():
-        y = packed.nm_packed_mm(x, values, codes, bias, 2, 4)
-        torch.testing.assert_close(y, layer(x))
-    assert torch.equal(packed.nm_unpack(values, codes, 2, 4, 64), layer[0].weight)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
