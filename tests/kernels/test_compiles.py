@@ -58,8 +58,14 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
     ),
     "packed-2:4": ("nm_packed", "_packed_mm_kernel", "bf16", "sxk svk sck sb", PACKED),
     "masked-both-2:4": ("nm_packed", "_pack_both_kernel", "bf16", "sk smk", PACKED),
-    "sampled-conv": ("sampled_conv", "_sampled_conv_kernel", "bf16", "sxk swk stk sb syj", FEW),
-    "conv-weight": ("sampled_conv", "_conv_weight_kernel", "bf16", "sgi sxc st scc syc", SUMS),
+    "sampled-conv": (
+        *("sampled_conv.triton.products", "_sampled_conv_kernel", "bf16", "sxk swk stk sb syj"),
+        FEW,
+    ),
+    "conv-weight": (
+        *("sampled_conv.triton.weights", "_conv_weight_kernel", "bf16", "sgi sxc st scc syc"),
+        SUMS,
+    ),
     "scatter": ("sampled_mm", "_scattered_mm_kernel", "bf16", "sai sbj st syi", PLAIN),
     "copies": ("sampled_mm", "_taken_kernel", "bf16", "sxk st sc syk", {"BR": 64, "BT": 64}),
     "largest-sums": ("scores", "_sums_kernel", "bf16", "sai sbi sw", NORMS),
