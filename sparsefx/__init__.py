@@ -6,6 +6,7 @@ from sparsefx import kernels, masks, ops, sparsifiers
 from sparsefx.calibration import calibrate
 from sparsefx.config import NM, Dense, Masked, Rule, Sampled, SparseConfig, preset
 from sparsefx.errors import (
+    CompactError,
     ConfigError,
     DiagnosticsError,
     ExportError,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "CompactError",
     "ConfigError",
     "Dense",
     "DiagnosticsError",
@@ -64,6 +66,10 @@ def __getattr__(name: str) -> Any:
         from sparsefx.onnx import export_onnx
 
         return export_onnx
+    if name in ("CompactPlan", "Compacted", "compact_channels"):
+        from sparsefx import compact
+
+        return getattr(compact, name)
     if name in ("PermutationReport", "permute_channels"):
         from sparsefx import permutation
 

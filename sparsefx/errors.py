@@ -43,3 +43,7 @@ class PermutationError(SparsefxError, RuntimeError):
 
 class DiagnosticsError(SparsefxError, ValueError):
     """A model, batch or loss that can't be measured: the message says what to pass instead."""
+
+
+class CompactError(SparsefxError, RuntimeError):
+    """Channels that can't be removed from a model: the message names them or the value."""

@@ -45,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "sparsifiers": LEAVES,
     "packing": LEAVES | {"ops", "sparsifiers"},
     "permutation": LEAVES | {"capture", "naming", "rewriting"},
+    "compact": LEAVES | {"permutation"},
 }
 ABOVE_ALL = {"__init__", "testing"}  # may import every room; no room may import them
 
