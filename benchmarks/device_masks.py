@@ -21,7 +21,7 @@ from sparsefx.masks.tiles import map_tiles
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 
 import gpu
-from gpu import Case, Contestant, Field, Goal, Setting
+from cases import Case, Contestant, Field, Goal, Setting
 from lin24 import kept_of, share
 
 CLONE = "clone"

@@ -21,7 +21,20 @@ from sparsefx import masks, ops
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 
 import gpu
-from gpu import Case, Contestant, Field, Goal, Setting, judged, product64
+from cases import (
+    FEW_ROWS,
+    Case,
+    Contestant,
+    Field,
+    Goal,
+    Setting,
+    Vendor,
+    judged,
+    missing,
+    product64,
+    tried,
+    vendor,
+)
 from lin24 import layer_of, share
 
 DENSE = "dense, eager"
@@ -47,7 +60,7 @@ def goals_of(tokens: int, out: int, n: int, m: int) -> list[Goal]:
     return [Goal(PACKED, 1.35)] if (out, n, m) == (14336, 2, 4) and tokens <= 16 else []
 
 
-def padded(lib: gpu.Vendor, packed: Tensor, x: Tensor) -> Tensor:
+def padded(lib: Vendor, packed: Tensor, x: Tensor) -> Tensor:
     """Rows in eights, which cuSPARSELt wants."""
     more = -len(x) % 8
     return lib.mm(packed, pad(x, (0, 0, 0, more)) if more else x, 0)[: len(x)]
@@ -56,7 +69,7 @@ def padded(lib: gpu.Vendor, packed: Tensor, x: Tensor) -> Tensor:
 def decode(tokens: int, out: int, deep: int, n: int, m: int, s: Setting) -> Field:
     w, x = s.randn(out, deep), s.randn(tokens, deep)
     values, codes = ops.nm_pack(w, n, m)
-    kept, dense, notes = kept_of(w, n, m), product64(x, w), gpu.missing("macko_spmv")
+    kept, dense, notes = kept_of(w, n, m), product64(x, w), missing("macko_spmv")
     twin = product64(x, kept)
     field = [Contestant(DENSE, partial(linear, x, w), bytes=size_of(w), dense=True, graph=True)]
     if tokens <= 2:  # Inductor has a kernel of its own for these alone
@@ -65,7 +78,7 @@ def decode(tokens: int, out: int, deep: int, n: int, m: int, s: Setting) -> Fiel
     work = partial(ops.nm_packed_mm, x, values, codes, None, n, m)
     limit = size_of(w) / size_of(values, codes)
     own = Contestant(PACKED, work, bytes=size_of(values, codes), limit=limit, ours=True, graph=True)
-    if (n, m) == (2, 4) and (lib := gpu.vendor(s)) is not None:
+    if (n, m) == (2, 4) and (lib := vendor(s)) is not None:
         packed = lib.compress(kept)
         work = partial(padded, lib, packed, x)
         field.append(Contestant("cuSPARSELt, algorithm 0", work, bytes=size_of(packed)))
@@ -73,12 +86,12 @@ def decode(tokens: int, out: int, deep: int, n: int, m: int, s: Setting) -> Fiel
     right = [
         one
         for one in field
-        if (y := gpu.tried(one, one.work, notes)) is not None
+        if (y := tried(one, one.work, notes)) is not None
         and judged(one, y, dense if one.dense else twin, dense, deep, notes)
     ]
     for one in right:
         one.kept = None if one.dense else share(w, kept)
-    return Field(right, goals_of(tokens, out, n, m), notes, few_rows=tokens <= gpu.FEW_ROWS)
+    return Field(right, goals_of(tokens, out, n, m), notes, few_rows=tokens <= FEW_ROWS)
 
 
 def decode_cases(s: Setting) -> list[Case]:

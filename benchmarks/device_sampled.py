@@ -23,7 +23,19 @@ from sparsefx import ops
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 
 import gpu
-from gpu import SEEN, Case, Contestant, Field, Goal, Setting, judged, off, product64
+from cases import (
+    SEEN,
+    Case,
+    Contestant,
+    Field,
+    Goal,
+    Setting,
+    judged,
+    missing,
+    off,
+    product64,
+    tried,
+)
 from lin24 import layer_of
 from linear import ColumnRowLinear, step
 
@@ -225,7 +237,7 @@ def _rows(x: Tensor, grad: Tensor, index: Tensor, s: Setting) -> Field:
         BEFORE: lambda: xs.t() @ grad.index_select(0, index),
         "sampled_mm_weight": partial(ops.sampled_mm_weight, xs, grad, index, False),
     }
-    notes = gpu.missing("scattermoe")
+    notes = missing("scattermoe")
     if s.device == "cuda" and hasattr(torch, "_grouped_mm"):
         works["index_select, then grouped_mm"] = lambda: torch._grouped_mm(
             xs.t(), grad.index_select(0, index), offs=ends
@@ -242,7 +254,7 @@ def _compared(
     for name, work in works.items():
         one = Contestant(name, work, dense=name == DENSE, ours=name.startswith("sampled"))
         one.limit = None if one.dense else limit
-        found = gpu.tried(one, work, notes)
+        found = tried(one, work, notes)
         if found is not None and judged(
             one, found, dense if one.dense else twin, dense, terms, notes
         ):

@@ -1,6 +1,6 @@
-"""2:4 linear layers on a CUDA device: alone, in training, and in a transformer's block.
+"""2:4 linear layers on a CUDA device, alone and in training.
 
-    python benchmarks/lin24.py lin24_fwd|lin24_train|vit_block24 [--seconds 60] [--json PATH]
+    python benchmarks/lin24.py lin24_fwd|lin24_train [--seconds 60] [--json PATH]
 
 sparsefx is timed as users run it, through torch.compile, with a transposable 2:4 rule in bfloat16:
 masks are made at every step, inside the time. cuSPARSELt's products, and the op nm24_mm, see a
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 import sparsefx as sfx
 from sparsefx import masks, ops
@@ -23,7 +23,20 @@ from sparsefx import masks, ops
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 
 import gpu
-from gpu import Case, Contestant, Field, Goal, Setting, judged, off, product64
+from cases import (
+    Case,
+    Contestant,
+    Field,
+    Goal,
+    Setting,
+    best_algorithm,
+    installed,
+    judged,
+    missing,
+    product64,
+    tried,
+    vendor,
+)
 from linear import step
 
 OURS, OP, DENSE = "sparsefx 2:4", "nm24_mm, packed before", "dense, eager"
@@ -69,12 +82,12 @@ def vendors(
     s: Setting, x: Tensor, kept: Tensor, dense: Tensor, notes: list[str]
 ) -> list[Contestant]:
     """The first algorithm of cuSPARSELt, and the fastest one whose values are right."""
-    lib = gpu.vendor(s)
+    lib = vendor(s)
     if lib is None:
         notes.append("cuSPARSELt: this torch comes without it")
         return []
     packed, twin = lib.compress(kept), product64(x, kept)
-    best, refused = gpu.best_algorithm(lib, packed, x, twin)
+    best, refused = best_algorithm(lib, packed, x, twin)
     field = [
         Contestant("cuSPARSELt, algorithm 0", partial(lib.mm, packed, x, 0), limit=2.0),
         Contestant(BEST, partial(lib.mm, packed, x, best), limit=2.0, note=f"number {best}"),
@@ -84,7 +97,7 @@ def vendors(
     return [
         one
         for one in field
-        if (y := gpu.tried(one, one.work, notes)) is not None
+        if (y := tried(one, one.work, notes)) is not None
         and judged(one, y, twin, dense, x.shape[1], notes)
     ]
 
@@ -176,12 +189,12 @@ def peers(module: nn.Module, s: Setting, notes: list[str]) -> dict[str, nn.Modul
         found["torch's tile + cuSPARSELt, eager"] = tiled(module, GreedyTile.apply)
     elif torch.backends.cusparselt.is_available():
         found["torch's tile + cuSPARSELt, eager"] = tiled(module, Tile.apply)
-    if gpu.installed("xformers"):
+    if installed("xformers"):
         from xformers.ops import sparsify24_ste
 
         found["xformers sp24, eager"] = tiled(module, partial(sparsify24_ste, backend="cusparselt"))
-    notes += gpu.missing("xformers", "torchao")
-    if gpu.installed("torchao"):
+    notes += missing("xformers", "torchao")
+    if installed("torchao"):
         notes.append("torchao: its SemiSparseLinear, which it dropped, is the rebuilt tile")
     return found
 
@@ -212,7 +225,7 @@ def training(tokens: int, deep: int, out: int, s: Setting) -> Field:
         one = Contestant(name, partial(step, layer, x, grad), dense=name.startswith("dense"))
         one.ours = name == OURS
         one.limit = None if one.dense else 1.5
-        if (found := gpu.tried(one, partial(once, one, layer, x, w), notes)) is None:
+        if (found := tried(one, partial(once, one, layer, x, w), notes)) is None:
             continue
         y, seen = found
         one.kept = None if one.dense else share(w, seen)
@@ -227,89 +240,7 @@ def training_cases(s: Setting) -> list[Case]:
     return [Case(f"{m} x {k} -> {n}, fw + bw", partial(training, m, k, n)) for m, k, n in shapes]
 
 
-# --- vit_block24: the two layers of the MLP are 2:4, attention is dense
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block: ViT's, or GPT-2's where it is causal."""
-
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        parts = self.qkv(self.before(x)).view(batch, length, 3, self.heads, -1).transpose(1, 3)
-        q, k, v = parts.unbind(2)  # [batch, heads, length, width / heads] each
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(gelu(self.up(self.between(x))))
-
-
-def twin64(block: Block, sparse: bool) -> Block:
-    """The block in float64, with the masked weights if sparse."""
-    twin = copy.deepcopy(block).double()
-    for layer, own in ((twin.up, block.up), (twin.down, block.down)) if sparse else ():
-        layer.weight.data.copy_(kept_of(own.weight.detach()))
-    return twin
-
-
-def backward(run: Any, block: nn.Module, x: Tensor, grad: Tensor) -> None:
-    x.grad = None
-    block.zero_grad(set_to_none=True)
-    run(x).backward(grad)
-
-
-def mlp_tiled(block: Block, s: Setting, notes: list[str]) -> dict[str, Block]:
-    found = {}
-    for name, swapped in peers(block, s, notes).items():
-        for layer in (swapped.qkv, swapped.out):
-            layer.__class__ = nn.Linear
-        found[name] = swapped
-    return found
-
-
-def in_block(batch: int, length: int, width: int, causal: bool, s: Setting) -> Field:
-    block = Block(width, max(1, width // 64), causal).to(s.device, torch.bfloat16)
-    x, grad = s.randn(batch, length, width).requires_grad_(), s.randn(batch, length, width)
-    notes: list[str] = []
-    one_sequence = x[:1].detach().double()
-    with torch.no_grad():
-        dense, masked = (twin64(block, sparse)(one_sequence) for sparse in (False, True))
-    plain, own = copy.deepcopy(block), copy.deepcopy(block)
-    runs: dict[str, tuple[Any, nn.Module]] = {
-        "dense, torch.compile": (s.compile(plain), plain),
-        OURS: (ours(own, s, "up", "down"), own),
-    }
-    runs |= {name: (swapped, swapped) for name, swapped in mlp_tiled(block, s, notes).items()}
-    field = []
-    for name, (run, module) in runs.items():
-        one = Contestant(name, partial(backward, run, module, x, grad), ours=name == OURS)
-        one.dense, one.limit = name.startswith("dense"), None if name.startswith("dense") else 1.29
-        if gpu.tried(one, lambda one=one: (one.work(), True), notes) is None:
-            continue
-        found = run(x).detach()[:1]
-        if one.dense or one.ours:
-            judged(one, found, dense if one.dense else masked, dense, 4 * width, notes)
-        else:
-            one.error = off(found, dense)  # its own masks: no twin to compare with
-        field.append(one)
-    return Field(field, [Goal(OURS, 1.12)], notes)
-
-
-def block_cases(s: Setting) -> list[Case]:
-    shapes = {"ViT-L": (64, 256, 1024, False), "GPT-2 medium": (16, 1024, 1024, True)}
-    shapes = {"ViT-L": (2, 4, 32, False)} if s.dry else shapes
-    return [
-        Case(f"{name} block, {shape[0]} x {shape[1]}, fw + bw", partial(in_block, *shape))
-        for name, shape in shapes.items()
-    ]
-
-
-ROWS = {"lin24_fwd": forward_cases, "lin24_train": training_cases, "vit_block24": block_cases}
+ROWS = {"lin24_fwd": forward_cases, "lin24_train": training_cases}
 
 if __name__ == "__main__":
     gpu.main(ROWS, __doc__)

@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 
-from render import CSR, DENSE, PACKED, in_order, packed_rows, rows_of
+from tables import CSR, DENSE, PACKED, in_order, packed_rows, rows_of
 
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#767676", "#CC79A7"
 STYLE = {

@@ -93,7 +93,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         "lin24_train", "lin24.py", VENDOR, 0.12, "2:4, forward + backward, a mask at each step",
     ),),
     "vit_block24": (on_device(
-        "vit_block24", "lin24.py", VENDOR, 0.10, "a transformer's block whose MLP is 2:4",
+        "vit_block24", "block24.py", VENDOR, 0.10, "a transformer's block whose MLP is 2:4",
     ),),
     "mask_compress": (on_device(
         "mask_compress", "device_masks.py", MASKS, 0.05, "2:4 masks and packing beside clone",

@@ -32,7 +32,7 @@ def script(name: str) -> ModuleType:
 ROWS = [
     ("lin24", "lin24_fwd", "sparsefx 2:4"),
     ("lin24", "lin24_train", "sparsefx 2:4"),
-    ("lin24", "vit_block24", "sparsefx 2:4"),
+    ("block24", "vit_block24", "sparsefx 2:4"),
     ("device_masks", "mask_compress", "sparsefx, masked copy"),
     ("device_masks", "tmask_2_4_exact", "sparsefx op, exact"),
     ("device_masks", "tmask_nm", "entropic"),
@@ -72,19 +72,21 @@ def test_every_device_row_is_run_by_its_name():
         assert (rows[row].script, rows[row].arguments) == (f"{name}.py", (row,))
 
 
-def field(gpu, **extra):
+def field(**extra):
+    parts = script("cases")
     x = torch.ones(4)
     work = partial(torch.add, x, x)
-    dense = gpu.Contestant("dense", work, dense=True)
-    return gpu.Field([dense, gpu.Contestant("mine", work, ours=True)], **extra)
+    dense = parts.Contestant("dense", work, dense=True)
+    return parts.Field([dense, parts.Contestant("mine", work, ours=True)], **extra)
 
 
-def dry(gpu, **changes):
-    return gpu.Setting("cpu", **{"dry": True, "rounds": 2, **changes})
+def dry(**changes):
+    parts = script("cases")
+    return parts.Setting("cpu", **{"dry": True, "rounds": 2, **changes})
 
 
 def test_goals_are_told_as_met_or_missed():
-    gpu = script("gpu")
+    gpu, parts = script("gpu"), script("cases")
     rows = [
         {"method": "dense", "dense": True, "median": 3.0},
         {"method": "slow dense", "dense": True, "median": 9.0},
@@ -92,11 +94,11 @@ def test_goals_are_told_as_met_or_missed():
         {"method": "mine", "dense": False, "median": 2.0},
     ]
     goals = [
-        gpu.Goal("mine", 1.5),
-        gpu.Goal("mine", 0.9, "peer"),
-        gpu.Goal("mine", at_most=2.5),
-        gpu.Goal("mine", at_most=1.5),
-        gpu.Goal("mine", 1.0, "not there"),
+        parts.Goal("mine", 1.5),
+        parts.Goal("mine", 0.9, "peer"),
+        parts.Goal("mine", at_most=2.5),
+        parts.Goal("mine", at_most=1.5),
+        parts.Goal("mine", 1.0, "not there"),
     ]
     found = [gpu.reached(goal, rows) for goal in goals]
     assert found.pop() is None
@@ -109,16 +111,16 @@ def test_goals_are_told_as_met_or_missed():
 
 
 def test_a_row_stops_at_its_share_and_says_what_it_left_out():
-    gpu = script("gpu")
-    cases = [gpu.Case(name, lambda s: field(gpu)) for name in ("first", "second", "third")]
-    found = gpu.run_row("row", cases, dry(gpu, seconds=0.0))
+    gpu, parts = script("gpu"), script("cases")
+    cases = [parts.Case(name, lambda s: field()) for name in ("first", "second", "third")]
+    found = gpu.run_row("row", cases, dry(seconds=0.0))
     assert [block["case"] for block in found["cases"]] == ["first"]
     assert found["left_out"] == ["second", "third"]
 
 
 def test_quick_takes_half_the_cases(tmp_path):
-    gpu = script("gpu")
-    cases = [gpu.Case(name, lambda s: field(gpu)) for name in ("first", "second", "third")]
+    gpu, parts = script("gpu"), script("cases")
+    cases = [parts.Case(name, lambda s: field()) for name in ("first", "second", "third")]
     arguments = ["row", "--dry-run", "--quick"]
     found = gpu.main({"row": lambda s: cases}, "rows", arguments)
     assert [block["case"] for block in found["cases"]] == ["first", "second"]
@@ -126,13 +128,13 @@ def test_quick_takes_half_the_cases(tmp_path):
 
 
 def test_a_case_that_fails_ends_the_row_with_the_others_measured(tmp_path, capsys):
-    gpu = script("gpu")
+    gpu, parts = script("gpu"), script("cases")
 
     def broken(s):
         raise RuntimeError("device said no\nand more")
 
     path = tmp_path / "row.json"
-    cases = [gpu.Case("bad", broken), gpu.Case("good", lambda s: field(gpu))]
+    cases = [parts.Case("bad", broken), parts.Case("good", lambda s: field())]
     with pytest.raises(SystemExit, match="row: failed: bad"):
         gpu.main({"row": lambda s: cases}, "rows", ["row", "--dry-run", "--json", str(path)])
     blocks = json.loads(path.read_text())["cases"]
@@ -142,34 +144,34 @@ def test_a_case_that_fails_ends_the_row_with_the_others_measured(tmp_path, capsy
 
 
 def test_wrong_values_are_not_timed_and_ours_end_the_row():
-    gpu = script("gpu")
+    parts = script("cases")
     x = torch.randn(4, 4)
     notes: list[str] = []
-    peer, mine = (gpu.Contestant(name, x.clone, ours=name == "mine") for name in ("peer", "mine"))
-    assert not gpu.judged(peer, 1.1 * x, x.double(), x.double(), 4, notes)
+    peer, mine = (parts.Contestant(name, x.clone, ours=name == "mine") for name in ("peer", "mine"))
+    assert not parts.judged(peer, 1.1 * x, x.double(), x.double(), 4, notes)
     assert "peer: off by 1.00e-01" in notes[0]
     with pytest.raises(SystemExit, match=r"mine: off by 1.00e-01 .* nothing is timed"):
-        gpu.judged(mine, 1.1 * x, x.double(), x.double(), 4, notes)
-    assert gpu.judged(mine, x, x.double(), 2 * x.double(), 4, notes)
+        parts.judged(mine, 1.1 * x, x.double(), x.double(), 4, notes)
+    assert parts.judged(mine, x, x.double(), 2 * x.double(), 4, notes)
     assert (mine.rounding, mine.error) == (0, pytest.approx(0.5))
 
 
 def test_a_peer_that_refuses_is_named_and_ours_may_not():
-    gpu = script("gpu")
+    parts = script("cases")
 
     def refuses():
         raise RuntimeError("shape not supported\nmore")
 
     notes: list[str] = []
-    peer, mine = (gpu.Contestant(name, refuses, ours=name == "mine") for name in ("peer", "mine"))
-    assert gpu.tried(peer, refuses, notes) is None
+    peer, mine = (parts.Contestant(name, refuses, ours=name == "mine") for name in ("peer", "mine"))
+    assert parts.tried(peer, refuses, notes) is None
     assert notes == ["peer: refused: shape not supported"]
     with pytest.raises(RuntimeError, match="shape not supported"):
-        gpu.tried(mine, refuses, notes)
+        parts.tried(mine, refuses, notes)
 
 
 def test_the_fastest_algorithm_is_one_whose_values_are_right():
-    gpu = script("gpu")
+    parts = script("cases")
 
     def mm(packed, x, algorithm):
         if algorithm == 2:
@@ -177,8 +179,8 @@ def test_the_fastest_algorithm_is_one_whose_values_are_right():
         return x @ packed.t() * (1.5 if algorithm == 0 else 1)
 
     w, x = torch.randn(8, 8), torch.randn(8, 8)
-    twin = gpu.product64(x, w)
-    assert gpu.best_algorithm(gpu.Vendor(torch.clone, mm, 3), w, x, twin) == (1, 2)
+    twin = parts.product64(x, w)
+    assert parts.best_algorithm(parts.Vendor(torch.clone, mm, 3), w, x, twin) == (1, 2)
 
 
 def test_what_no_graph_takes_is_told(monkeypatch):
@@ -188,9 +190,9 @@ def test_what_no_graph_takes_is_told(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(gpu, "replayed", refuses)
-    made = field(gpu, few_rows=True)
+    made = field(few_rows=True)
     made.contestants[1].graph = True
-    rows = gpu.timed_field(made, dry(gpu))
+    rows = gpu.timed_field(made, dry())
     assert [row["method"] for row in rows] == ["dense", "mine"]
     assert made.notes == ["mine: no CUDA graph: operation not permitted when stream is capturing"]
     assert all(row["warm"] > 0 for row in rows)
@@ -200,7 +202,7 @@ def test_slow_contestants_run_fewer_rounds(monkeypatch):
     gpu = script("gpu")
     ticks = iter([0.0, 2.0, 0.0, 0.001])
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(ticks))
-    slow = dry(gpu, dry=False, seconds=60.0, rounds=20)
+    slow = dry(dry=False, seconds=60.0, rounds=20)
     assert gpu.rounds_within([lambda: None], slow) == 10
     assert gpu.rounds_within([lambda: None], slow) == 20
 

@@ -16,7 +16,7 @@ def render():
 
     yield render
     sys.path.remove(str(HERE))
-    for name in ("render", "plots"):
+    for name in ("render", "plots", "tables"):
         sys.modules.pop(name, None)
 
 
@@ -53,9 +53,11 @@ def test_marks_that_mean_nothing_are_refused(render):
 
 
 def test_goals_of_a_device_stand_beside_what_was_measured(render, tmp_path, monkeypatch):
-    monkeypatch.setattr(render, "HERE", tmp_path)
+    import tables
+
+    monkeypatch.setattr(tables, "HERE", tmp_path)
     (tmp_path / "results").mkdir()
-    assert render.device_goals() == ["No row has run on a CUDA device yet: `make gpu` (GPU.md)."]
+    assert tables.device_goals() == ["No row has run on a CUDA device yet: `make gpu` (GPU.md)."]
     goal = {"method": "mine", "against": "dense", "at_most": None}
     goals = [
         {**goal, "least": 1.5, "found": 1.75, "met": True},
@@ -68,13 +70,13 @@ def test_goals_of_a_device_stand_beside_what_was_measured(render, tmp_path, monk
     }
     content = {"row": "fast", "device": "H200", "torch": "2.13", "cases": [case]}
     (tmp_path / "results" / "fast-cuda.json").write_text(json.dumps(content))
-    assert render.device_goals()[2:] == [
+    assert tables.device_goals()[2:] == [
         "| `fast` | 1 x 2 | mine | 1.75 x dense | 1.5 | met |",
         "| `fast` | 1 x 2 | mine | 0.100 ms | 0.07 ms | **missed** |",
         "",
         "H200, torch 2.13",
     ]
-    assert render.device_cases()[2:] == ["| `fast` | 1 x 2 | mine | 1.000 | 2.00 |"]
+    assert tables.device_cases()[2:] == ["| `fast` | 1 x 2 | mine | 1.000 | 2.00 |"]
 
 
 def test_plots_are_drawn_of_what_is_recorded(render, tmp_path):
