@@ -51,9 +51,9 @@ class Trial(NamedTuple):
 def key_of(library: str, x: Tensor, out: int, bias: bool) -> Key:
     """Return the key of x [M, K] times a compressed weight [out, K]."""
     rows = 1 << max(4, (len(x) - 1).bit_length())
-    dtype, repeatable = str(x.dtype).removeprefix("torch."), _repeatable()
+    dtype = "float16" if x.dtype == torch.float16 else "bfloat16"
     device = store.device_name(x.device)
-    return Key(library, device, dtype, rows, out, x.shape[1], bias, repeatable)
+    return Key(library, device, dtype, rows, out, x.shape[1], bias, _repeatable())
 
 
 def _repeatable() -> bool:

@@ -8,7 +8,6 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ from sparsefx import compat
 from sparsefx.errors import SparsefxWarning
 
 _FORMAT = 1
-_found: dict[str, dict[str, int]] = {}  # by device, by what is looked for
+_found: dict[str, dict[str, int]] = {}  # by device, by what is looked for: what files held
+_known: dict[tuple[object, ...], int] = {}  # by key: asked for at every product
 
 
 @functools.lru_cache(16)
@@ -36,21 +36,25 @@ def path_of(device: str) -> Path:
     return Path(cache) / "sparsefx" / f"vendor-24-{name}.json"
 
 
-def get(key: Sequence[object]) -> int | None:
+def get(key: tuple[object, ...]) -> int | None:
     """Return what was found for a key, -1 for "none is right", None where nothing was."""
+    known = _known.get(key)
+    if known is not None:
+        return known
     device, text = _split(key)
     if device not in _found:
         _found[device] = _load(device)
-    return _found[device].get(text)
+    if text in _found[device]:
+        _known[key] = _found[device][text]
+    return _known.get(key)
 
 
-def note(key: Sequence[object], algorithm: int) -> None:
+def note(key: tuple[object, ...], algorithm: int) -> None:
     """Remember something for this process alone."""
-    device, text = _split(key)
-    _found.setdefault(device, {})[text] = algorithm
+    _known[key] = algorithm
 
 
-def put(key: Sequence[object], algorithm: int) -> None:
+def put(key: tuple[object, ...], algorithm: int) -> None:
     """Remember what was found, in the file too; other processes' entries in it stay."""
     note(key, algorithm)
     device, text = _split(key)
@@ -68,9 +72,10 @@ def put(key: Sequence[object], algorithm: int) -> None:
 def forget() -> None:
     """Forget what is in memory; files stay."""
     _found.clear()
+    _known.clear()
 
 
-def _split(key: Sequence[object]) -> tuple[str, str]:
+def _split(key: tuple[object, ...]) -> tuple[str, str]:
     library, device, *rest = key
     return str(device), " ".join(map(str, (library, *rest)))
 
