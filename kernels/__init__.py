@@ -170,11 +170,17 @@ TABLE = (
     Row(
         "nm_packed_mm", "CPU", "sparsefx.kernels.nm_packed.cpu:nm_packed_mm", "", "C++ nm_packed_mm"
     ),
-    Row("nm_pack", "CUDA", "sparsefx.kernels.nm_packed.triton:nm_pack", "triton", "triton nm_pack"),
+    Row(
+        "nm_pack",
+        "CUDA",
+        "sparsefx.kernels.nm_packed.triton_pack:nm_pack",
+        "triton",
+        "triton nm_pack",
+    ),
     Row(
         "nm_pack_both",
         "CUDA",
-        "sparsefx.kernels.nm_packed.triton:nm_pack_both",
+        "sparsefx.kernels.nm_packed.triton_pack:nm_pack_both",
         "triton",
         "triton nm_pack_both",
     ),

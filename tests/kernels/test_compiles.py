@@ -57,7 +57,7 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
         {"N": 8, "LOG": 4, "T": 1},
     ),
     "packed-2:4": ("nm_packed", "_packed_mm_kernel", "bf16", "sxk svk sck sb", PACKED),
-    "masked-both-2:4": ("nm_packed", "_pack_both_kernel", "bf16", "sk smk", PACKED),
+    "masked-both-2:4": ("nm_packed.triton_pack", "_pack_both_kernel", "bf16", "sk smk", PACKED),
     "sampled-conv": (
         *("sampled_conv.triton.products", "_sampled_conv_kernel", "bf16", "sxk swk stk sb syj"),
         FEW,
