@@ -159,7 +159,7 @@ def packed_in_gemm(rows: int, outputs: int, depth: int, itemsize: int, n: int, m
     # instructions a weight, from the SASS: words are shifted, places compared, values stored
     shifted = itemsize == 2 and m <= 4
     expanding = outputs * depth * (4 + 3 * n if shifted else 6 + 4 * n) / INTEGER_RATE
-    storing = outputs * depth * (4 + 3 * n if shifted else 2 + 16 * n / m) / INTEGER_RATE
+    storing = outputs * depth * (4 + 3 * n if shifted else 6 + 16 * n / m) / INTEGER_RATE
     inside = max(dense / MASK_SHARE[itemsize], packed + ends, expanding)
     unpacking = LAUNCH + max(packed + weight, storing)
     return rows <= PACKED_ROWS and inside <= unpacking + max(dense, weight + ends)
