@@ -55,7 +55,8 @@ def _keep_largest(w, DIM: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl
     for _ in tl.static_range(1, M - N if DROP else N):
         last = tl.max(tl.where(key < last, key, -1), axis=DIM + 1, keep_dims=True)
     keep = key < last if DROP else key >= last
-    return tl.where(keep, groups, 0.0).to(w.dtype).reshape(BK, BN)
+    # a reshape right before the dot is refused where the groups run along BN
+    return tl.where(keep.reshape(BK, BN), w, 0.0).to(w.dtype)
 
 
 @triton.jit

@@ -39,6 +39,7 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
     "nm_mm-2:4": ("nm_mm", "_nm_mm_kernel", "bf16", "sxk swk sb syj", (2, 4, 0)),
     "nm_mm-16:32": ("nm_mm", "_nm_mm_kernel", "fp32", "sxk swj sb syj", (16, 32, 1)),
     "nm_mm-4:6": ("nm_mm", "_nm_mm_kernel", "fp16", "sxk swk sb syj", (4, 6, 0)),
+    "nm_mm-columns": ("nm_mm", "_nm_mm_kernel", "bf16", "sxk swk sb syj", (2, 4, 1)),
     "nm_mm-gelu": ("nm_mm", "_nm_mm_kernel", "fp16", "sxk swk sb syj", (2, 4, 0, "gelu")),
     "stored-mask": ("masked_mm", "_masked_mm_kernel", "bf16", "sxk swk smk sb syj", None),
     "masked-occupied": ("masked_mm", "_occupied_kernel", "bf16", "smk", None),
