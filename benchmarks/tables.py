@@ -128,10 +128,11 @@ def packed_rows() -> list[Row]:
     """Rows with the parts of their case: "512x4096x2048 float32 1:8"."""
     found = []
     for row in rows_of("packed-cpu"):
-        shape, dtype, pattern = row["case"].split()[:3]
+        shape, dtype, pattern, *role = row["case"].split()
         batch, out, deep = map(int, shape.split("x"))
         layer = f"{out} x {deep}"
-        found.append({**row, "batch": batch, "layer": layer, "dtype": dtype, "pattern": pattern})
+        parts = {"batch": batch, "layer": layer, "dtype": dtype, "pattern": pattern}
+        found.append({**row, **parts, "role": " ".join(role) or "forward"})
     return found
 
 
@@ -160,6 +161,23 @@ def packed_batch() -> Lines:
         [", ".join(place), *(factor(found[*place, pattern]) for pattern in patterns)]
         for place in in_order((r["layer"], r["method"]) for r in rows)
     ]
+    return table(["512 rows, float32", *patterns], body)
+
+
+MASKED = ("masked_mm, compressing", "torch CSR, made anew")
+
+
+def masked_batch() -> Lines:
+    """Masks that keep little, the weight compressed at every call: what training does."""
+    rows = [row for row in packed_rows() if row["method"] in MASKED]
+    patterns = in_order(row["pattern"] for row in rows)
+    found = {(r["layer"], r["role"], r["method"], r["pattern"]): r["speedup"] for r in rows}
+    body = [
+        [", ".join(place), *(factor(found[*place, pattern]) for pattern in patterns)]
+        for place in in_order((r["layer"], r["role"], r["method"]) for r in rows)
+    ]
+    if not body:
+        return ["Not measured yet: `python benchmarks/run.py cpu_nm_gemv`."]
     return table(["512 rows, float32", *patterns], body)
 
 
@@ -281,6 +299,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "steps-cpu": steps,
     "packed-one-cpu": packed_one,
     "packed-batch-cpu": packed_batch,
+    "masked-batch-cpu": masked_batch,
     "memory-cpu": memory,
     "masks-cpu": masks,
     "permutation-cpu": permutation,

@@ -52,6 +52,25 @@ def test_marks_that_mean_nothing_are_refused(render):
         render.rendered("<!-- table: steps-cpu -->\n| a |\n")
 
 
+def test_masked_products_stand_by_role(render, monkeypatch):
+    import tables
+
+    ours, csr = tables.MASKED
+    rows = [
+        {"case": "512x64x32 float32 1:4", "method": ours, "speedup": 1.5},
+        {"case": "512x64x32 float32 1:8", "method": ours, "speedup": 2.5},
+        {"case": "512x64x32 float32 1:4 grad_input", "method": csr, "speedup": 0.5},
+        {"case": "512x64x32 float32 1:8 grad_input", "method": csr, "speedup": 1.25},
+    ]
+    monkeypatch.setattr(tables, "rows_of", lambda name: rows)
+    assert tables.masked_batch()[2:] == [
+        f"| 64 x 32, forward, {ours} | 1.50 | 2.50 |",
+        f"| 64 x 32, grad_input, {csr} | 0.50 < | 1.25 |",
+    ]
+    monkeypatch.setattr(tables, "rows_of", lambda name: [])
+    assert tables.masked_batch() == ["Not measured yet: `python benchmarks/run.py cpu_nm_gemv`."]
+
+
 def test_goals_of_a_device_stand_beside_what_was_measured(render, tmp_path, monkeypatch):
     import tables
 
