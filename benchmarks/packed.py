@@ -5,6 +5,8 @@
 A single row of x is bound by the bytes of the weight, a batch of 512 by multiplications. Weights
 are packed, compiled and turned into CSR before the clock starts. The contestants of a case run in
 turns in one process; values are checked before timing. "x best" is against the fastest dense one.
+A batch whose mask keeps a quarter or less is also multiplied by masked_mm, forward and grad_input,
+which compresses the weight within the time that is told, as a training step has to.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,11 @@ class Case:
     n: int
     m: int
     dtype: str = "float32"
+    role: str = "forward"  # or grad_input: x[batch, rows] times the weight as it is
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.rows}x{self.depth} {self.dtype} {self.n}:{self.m}"
+        role = "" if self.role == "forward" else f" {self.role}"
+        return f"{self.batch}x{self.rows}x{self.depth} {self.dtype} {self.n}:{self.m}{role}"
 
 
 SINGLE = [
@@ -55,7 +59,8 @@ BATCHES = [
     for size in (2048, 4096)
     for n, m in ((2, 4), (1, 4), (1, 8), (1, 16))
 ]
-CASES = [*SINGLE, *BATCHES]
+GRADIENTS = [replace(case, role="grad_input") for case in BATCHES if case.n / case.m <= 0.25]
+CASES = [*SINGLE, *BATCHES, *GRADIENTS]
 DENSE = ("dense, eager", "dense, torch.compile")
 PACKED = "nm_packed_mm"
 
@@ -97,10 +102,15 @@ def in_rows(w: Tensor) -> Tensor:
 
 
 def contestants(case: Case, x: Tensor, w: Tensor, codegen: str) -> list[Contestant]:
-    """Dense twice, packed, and CSR where torch multiplies its type."""
-    values, codes = ops.nm_pack(w, case.n, case.m)
-    kept = torch.where(sfx.masks.nm_mask(w, case.n, case.m), w, 0)
+    """Dense twice, packed, CSR where torch multiplies its type, masked where little is kept."""
+    mask = sfx.masks.nm_mask(w, case.n, case.m)
+    kept = torch.where(mask, w, 0)
     compiled = torch.compile(linear, backend=codegen, dynamic=False)
+    if case.role == "grad_input":
+        dense = [partial(product, x, kept.t()) for product in (linear, compiled)]
+        found = [Contestant(*pair, size_of(kept)) for pair in zip(DENSE, dense, strict=True)]
+        return [*found, *masked(x, w.t(), mask.t())]
+    values, codes = ops.nm_pack(w, case.n, case.m)
     arguments = (x, values, codes, None, case.n, case.m)
     found = [
         Contestant(DENSE[0], partial(linear, x, kept), size_of(kept)),
@@ -111,7 +121,22 @@ def contestants(case: Case, x: Tensor, w: Tensor, codegen: str) -> list[Contesta
         csr = in_rows(kept)
         parts = size_of(csr.crow_indices(), csr.col_indices(), csr.values())
         found.append(Contestant("torch CSR", lambda: (csr @ x.t()).t(), parts))
+        if case.batch > 1 and case.n / case.m <= 0.25:
+            found += masked(x, w, mask)
     return found
+
+
+def masked(x: Tensor, w: Tensor, mask: Tensor) -> list[Contestant]:
+    """Products with a weight [rows, depth] that is masked or turned into CSR at every call."""
+    ours = partial(ops.masked_mm, x, w.t(), mask.t(), None)
+    return [
+        Contestant("masked_mm, compressing", ours, size_of(w, mask)),
+        Contestant(
+            "torch CSR, made anew",
+            lambda: (in_rows(torch.where(mask, w, 0)) @ x.t()).t(),
+            size_of(w, mask),
+        ),
+    ]
 
 
 def check(case: Case, field: Sequence[Contestant], x: Tensor) -> None:
@@ -135,7 +160,7 @@ def measure(case: Case, rounds: int, codegen: str) -> list[Row]:
     torch.compiler.reset()
     dtype = getattr(torch, case.dtype)
     w = torch.randn(case.rows, case.depth, dtype=dtype)
-    x = torch.randn(case.batch, case.depth, dtype=dtype)
+    x = torch.randn(case.batch, case.depth if case.role == "forward" else case.rows, dtype=dtype)
     with torch.inference_mode():
         field = contestants(case, x, w, codegen)
         check(case, field, x)

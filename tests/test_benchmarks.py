@@ -340,6 +340,16 @@ def test_packed_products_are_compared_with_the_faster_dense_one(
     assert "9x8x32 bfloat16 1:4" in capsys.readouterr().out
 
 
+def test_masks_that_keep_little_are_compressed_within_the_time(packed, monkeypatch):
+    case = packed.Case(9, 8, 32, 1, 4)
+    cases = [case, packed.replace(case, role="grad_input")]
+    monkeypatch.setattr(packed, "CASES", cases)
+    rows = packed.main(["--codegen", "aot_eager", "--rounds", "2"])
+    masked = ["masked_mm, compressing", "torch CSR, made anew"]
+    assert [row.method for row in rows if row.case == str(cases[0])][4:] == masked
+    assert [row.method for row in rows if row.case == str(cases[1])] == [*packed.DENSE, *masked]
+
+
 def test_packed_products_that_differ_are_not_timed(packed, monkeypatch):
     monkeypatch.setattr(packed.ops, "nm_packed_mm", lambda x, values, *_: x[:, :16] @ values.t())
     monkeypatch.setattr(packed, "race", lambda *_: pytest.fail("timed"))
