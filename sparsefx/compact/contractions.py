@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparsefx.compact import known
+from sparsefx.compact.evaluate import NORMALISED, evaluate, reduced_dims
 from sparsefx.compact.known import Env, Known
+from sparsefx.compact.products import (
+    ATTENTION,
+    PRODUCTS,
+    WITH_BIAS,
+    grouped,
+    moves_off_the_edge,
+    taps,
+)
 from sparsefx.permutation.axes import UNIT, Axis, Dim, Prod, factors, leaves, take
 from sparsefx.permutation.flow import Flow, argument, entries, place, shape_of
 from sparsefx.permutation.maths import MATHS
@@ -94,7 +102,7 @@ def contractions(model: Model) -> Found:
                    if n.op == "placeholder" and id(model.flow.of_node[n]) in by_dims}  # fmt: skip
         given = {node: state.tensor for node, state in sources.items()}
         looker = _Looker(model.flow, sources, found)
-        known.evaluate(nodes, given, looker.look)
+        evaluate(nodes, given, looker.look)
     return found
 
 
@@ -106,11 +114,11 @@ class _Looker:
 
     def look(self, node: Node, env: Env) -> None:
         target = node.target
-        if target in known.PRODUCTS:
+        if target in PRODUCTS:
             self._product(node, env)
         elif target is aten.convolution.default:
             self._convolution(node, env)
-        elif target in known.ATTENTION:
+        elif target in ATTENTION:
             self._attention(node, env)
         elif target is aten.sum.dim_IntList:
             self._sum(node, env)
@@ -118,7 +126,7 @@ class _Looker:
             self._barriers(node)
 
     def _product(self, node: Node, env: Env) -> None:
-        first = 1 if node.target in known.WITH_BIAS else 0
+        first = 1 if node.target in WITH_BIAS else 0
         nodes: Sequence[Any] = node.args[first : first + 2]
         left, right = (env[n] for n in nodes)
         rank = left.value.dim()
@@ -145,9 +153,9 @@ class _Looker:
         return self.sources.get(node)
 
     def _convolution(self, node: Node, env: Env) -> None:
-        x, w = known.taps(node, env)
+        x, w = taps(node, env)
         groups: Any = node.args[8]
-        is_known, value = (t.unflatten(0, (groups, -1)) for t in x.constant([1]))  # [G, in]
+        is_known, value = (grouped(t, groups) for t in x.constant([1]))  # [G, in]
         live = ~is_known | (value != 0)
         matters = (live.unsqueeze(-1) & w.unknown).transpose(0, 1).flatten(1)  # [in, G x out]
         dims = self.flow.dims(node.args[0])
@@ -157,7 +165,7 @@ class _Looker:
             self.found.groups[weight] = group
         where = place(node) if weight is None else weight.name
         one = Contraction(where, inner, self.flow.dims(node)[1], matters, weight=weight)
-        if groups == 1 and not known.moves_off_the_edge(node):
+        if groups == 1 and not moves_off_the_edge(node):
             one.constants, one.right = value[0], w.value[0]
         self.found.sums.append(one)
         spread = shape_of(node.args[0] if node.args[6] else node)[2:]
@@ -179,7 +187,7 @@ class _Looker:
     def _sum(self, node: Node, env: Env) -> None:
         held: Known = env[node.args[0]]  # type: ignore[index]
         live, dims = held.live(), self.flow.dims(node.args[0])
-        for dim in known.reduced_dims(node, live.dim()):
+        for dim in reduced_dims(node, live.dim()):
             matters = live.movedim(dim, 0).flatten(1).any(1, keepdim=True) if live.dim() > 1 else (
                 live.unsqueeze(1))  # fmt: skip
             self.found.sums.append(Contraction(place(node), dims[dim], UNIT, matters))
@@ -192,7 +200,7 @@ class _Looker:
             given = [d for dims in entries(self.flow.of_node[n]) for d in dims]
             gone = [axis for dim in given for axis in leaves(dim) if axis not in stays]
             self.found.bar(gone, f"{place(node)} depends on how many channels there are")
-        if MATHS.get(node.target) is known.NORMALISED:
+        if MATHS.get(node.target) is NORMALISED:
             dim: Any = argument(node, 1, "dim")
             along = self.flow.dims(node.args[0])[dim]
             self.found.bar([along], f"{place(node)} normalises over it")

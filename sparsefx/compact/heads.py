@@ -17,6 +17,8 @@ class FewerHeads(nn.MultiheadAttention):
     called like it and has parameters of the same names.
     """
 
+    _split: bool  # whether q, k and v have weights of their own
+
     @classmethod
     def take_over(cls, module: nn.MultiheadAttention) -> None:
         """Make ``module``, whose projections were cut, one of these.
@@ -35,10 +37,11 @@ class FewerHeads(nn.MultiheadAttention):
                 f"{width} channels don't make whole heads of {module.head_dim}; mask whole heads"
             )
         module.num_heads = width // module.head_dim
-        module._qkv_same_embed_dim, module._split = False, not module._qkv_same_embed_dim
         module.__class__ = cls
+        assert isinstance(module, cls)
+        module._qkv_same_embed_dim, module._split = False, not module._qkv_same_embed_dim
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -72,16 +75,17 @@ class FewerHeads(nn.MultiheadAttention):
         return out.transpose(0, 1) if self.batch_first else out, weights
 
     def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
+        weights: list[Tensor]
         if self._split:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         else:
-            weights = list(self.in_proj_weight.chunk(3))
+            weights = [*self.in_proj_weight.chunk(3)]
         none = [None, None, None]
         biases = none if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3)
+        return x.reshape(*x.shape[:2], self.num_heads, -1).permute(1, 2, 0, 3)
 
     def _mask(
         self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None
@@ -91,7 +95,7 @@ class FewerHeads(nn.MultiheadAttention):
         if mask is not None:
             total = _numbers(mask, q)
             if mask.dim() == 3:
-                total = total.unflatten(0, (q.shape[0], -1))
+                total = total.reshape(q.shape[0], -1, *mask.shape[1:])
                 if total.shape[1] != self.num_heads:
                     raise CompactError(
                         f"attn_mask holds {total.shape[1]} heads, this attention "

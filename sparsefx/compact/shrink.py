@@ -168,7 +168,8 @@ class Shrinker:
         self, module: Any, states: Sequence[State], removed: Mapping[Axis, Tensor]
     ) -> bool:
         """Set the sizes of a module of torch (or Hugging Face's Conv1D)."""
-        shape = module.weight.shape if isinstance(getattr(module, "weight", None), Tensor) else ()
+        weight = getattr(module, "weight", None)
+        shape = list(weight.shape) if isinstance(weight, Tensor) else []
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = shape
         elif isinstance(module, _CONVS):
@@ -237,6 +238,6 @@ def _set_numbers(module: nn.Module, sizes: Mapping[int, set[int]], keep: bool) -
     if isinstance(module, nn.MultiheadAttention):
         return
     for name, value in list(vars(module).items()):
-        if not name.startswith("_") and isinstance(value, int | list | tuple):
-            if (now := new(value)) != value:
-                setattr(module, name, now)
+        plain = not name.startswith("_") and isinstance(value, int | list | tuple)
+        if plain and (now := new(value)) != value:
+            setattr(module, name, now)

@@ -17,7 +17,7 @@ from sparsefx.compact.shrink import Shrinker, bias_takes, holders, plain_copy
 from sparsefx.compact.trial import Reference, Removed, Trial
 from sparsefx.errors import CompactError
 from sparsefx.permutation.axes import Axis, Dim, leaves
-from sparsefx.permutation.propagate import Model, understand
+from sparsefx.permutation.propagate import understand
 from sparsefx.permutation.state import State
 
 
@@ -98,7 +98,8 @@ def _shrinker(reference: Reference) -> Shrinker:
         found = contractions(known)
     uses = Counter(one.weight for one in found.sums if one.weight is not None)
     for one in found.sums:
-        foldable(one, bias_takes(reference.model, one, uses[one.weight]))
+        count = 0 if one.weight is None else uses[one.weight]
+        foldable(one, bias_takes(reference.model, one, count))
     return Shrinker(known, search_of(known, found), holders(reference.model))
 
 
@@ -157,15 +158,15 @@ def _left(small: nn.Module, trial: Trial, states: Sequence[State]) -> Iterator[L
 
 
 def _why(trial: Trial, dim: Dim) -> str:
-    search, reasons = trial.shrinker.search, []
     axes = list(dict.fromkeys(leaves(dim)))
-    for axis in axes:
-        if axis not in search.needed:
-            why = trial.refused.get(axis) or search.reason(axis) or "nothing sums over it"
-        elif (why := trial.refused.get(axis, "")) == "":
-            name = search.needed[axis][1]
-            why = f"{name} still needs channels that they share an axis with" if len(axes) > 1 else (
-                f"{name} still reads or writes these channels")  # fmt: skip
-        reasons.append(why)
+    reasons = dict.fromkeys(_why_axis(trial, axis) for axis in axes)
     whole = "heads or groups go as a whole: " if len(axes) > 1 else ""
-    return whole + "; ".join(dict.fromkeys(reasons)) if reasons else "one of each stays"
+    return whole + "; ".join(reasons) if reasons else "one of each stays"
+
+
+def _why_axis(trial: Trial, axis: Axis) -> str:
+    search = trial.shrinker.search
+    if reason := trial.refused.get(axis) or search.reason(axis):
+        return reason
+    name = search.needed.get(axis, (None, ""))[1]
+    return f"{name} still needs them" if name else "nothing sums over them"
