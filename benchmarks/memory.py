@@ -12,7 +12,6 @@ largest batch that fits a budget is foretold from two peaks by a straight line, 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -196,14 +195,13 @@ def main(argv: list[str] | None = None) -> list[Point]:
 
 
 def write(args: argparse.Namespace, points: list[Point]) -> None:
-    import torch
+    sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
+    import timing
 
-    keys = ("device", "codegen", "layers", "width", "tokens", "budget")
+    keys = ("codegen", "layers", "width", "tokens", "budget")
     facts: dict[str, Any] = {key: getattr(args, key) for key in keys}
-    facts |= {"torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
-    facts["rows"] = [asdict(point) for point in points]
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    rows = [asdict(point) for point in points]
+    timing.write(args.json, {**timing.machine(args.device), **facts, "rows": rows})
 
 
 if __name__ == "__main__":

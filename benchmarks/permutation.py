@@ -10,8 +10,7 @@ permutation that keeps at least as much as none does, before anything is printed
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,10 @@ from torch import Tensor
 
 from sparsefx.masks import nm_mask, retained
 from sparsefx.permutation import search
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
+
+from timing import machine, write
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,8 @@ def main(argv: list[str] | None = None) -> None:
                     flush=True,
                 )
     if options.json is not None:
-        written = {
-            "device": "cpu",
-            "cpu": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "budget": options.budget,
-            "rows": [asdict(row) for row in rows],
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+        written = {"budget": options.budget, "rows": [asdict(row) for row in rows]}
+        write(options.json, {**machine("cpu"), **written})
 
 
 if __name__ == "__main__":
