@@ -260,7 +260,7 @@ def inductor_option_names() -> list[str]:
 def instructions() -> str:
     """A digest of what the processor can do: all that ``-march=native`` may use."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc", "cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         lines = []
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
