@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from sparsefx import masks, ops
 from sparsefx.errors import MaskError
-from sparsefx.kernels.nm_packed import triton as packed
-from sparsefx.kernels.nm_packed import triton_pack as packing
+from sparsefx.kernels.nm_packed.triton import packing
+from sparsefx.kernels.nm_packed.triton import product as packed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PATTERNS = [

@@ -1,6 +1,6 @@
 """Packed N:M weights on CUDA: unpacked, and multiplied by few rows as they are streamed.
 
-Meaning: sparsefx/ops/packed.py.  Tiles, and which way: kernels/_tiles.py.  Derivation: README.md.
+Meaning: sparsefx/ops/packed.py.  Tiles: kernels/_tiles.py.  Derivation: ../README.md.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsefx import ops
 from sparsefx.kernels import _tiles
 from sparsefx.kernels.nm_mm.triton import _place
-from sparsefx.kernels.nm_packed.triton_pack import _bits_of, packable, pattern
+from sparsefx.kernels.nm_packed.triton.packing import _bits_of, packable, pattern
 from sparsefx.ops.packed import code_bytes
 
 SUM_BLOCK = 1024  # results that a program adds up over the splits

@@ -1,6 +1,6 @@
 """Weights packed on CUDA, along one dimension by magnitude, or along both by a mask.
 
-Meaning: sparsefx/ops/packed.py.  Tiles: kernels/_tiles.py.  Derivation: README.md.
+Meaning: sparsefx/ops/packed.py.  Tiles: kernels/_tiles.py.  Derivation: ../README.md.
 """
 
 import torch

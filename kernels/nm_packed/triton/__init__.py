@@ -1,0 +1,1 @@
+"""Packed weights on CUDA: packing.py, product.py."""
