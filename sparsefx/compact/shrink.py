@@ -28,16 +28,39 @@ _INSTANCES = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """Copy a model with its parametrizations and torch.nn.utils.prune masks applied for good."""
-    small = copy.deepcopy(model)
+    computed = {  # prune leaves its product behind, which is no leaf and can't be copied
+        id(held): held.detach().clone()
+        for module in model.modules()
+        for held in vars(module).values()
+        if isinstance(held, Tensor) and not held.is_leaf
+    }
+    small = copy.deepcopy(model, computed)
     for module in list(small.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            _unparametrize(module)
         hooks = list(module._forward_pre_hooks.values())
         for hook in hooks:
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
     return small
+
+
+def _unparametrize(module: nn.Module) -> None:
+    """Keep the values; ``remove_parametrizations`` would change the original's class as well."""
+    lists: Any = module.parametrizations
+    lists.eval()
+    with torch.no_grad():
+        values = {name: getattr(module, name).detach().clone() for name in lists}
+    originals = {name: list(lists[name].parameters(recurse=False)) for name in lists}
+    kind = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.__class__ = kind
+    for name, value in values.items():
+        if originals[name]:
+            wants = any(original.requires_grad for original in originals[name])
+            module.register_parameter(name, nn.Parameter(value, requires_grad=wants))
+        else:
+            module.register_buffer(name, value)
 
 
 def holders(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
