@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -48,12 +49,14 @@ class Search:
         found: sums and bars.
         axes: the axes of parameters and buffers over which something sums.
         layout: of their dimensions.
+        widths: how many channels of a tensor one coordinate of an axis takes along, at least.
         needed: who needs the channels of an axis, as it was found last.
     """
 
     found: Found
     axes: list[Axis]
     layout: Layout
+    widths: dict[Axis, int]
     needed: dict[Axis, tuple[Tensor, str]] = field(default_factory=dict)
 
     def removable(self, allowed: Container[Axis], round_to: int) -> dict[Axis, Tensor]:
@@ -69,7 +72,7 @@ class Search:
         removed: dict[Axis, Tensor] = {}
         while True:
             needed = self._needed(free, removed)
-            now = {axis: _rounded(~needed[axis][0], round_to) for axis in free}
+            now = {axis: self._rounded(axis, ~needed[axis][0], round_to) for axis in free}
             now = {axis: gone for axis, gone in now.items() if bool(gone.any())}
             if all(axis in removed and torch.equal(removed[axis], now[axis]) for axis in now):
                 self.needed.update(needed)
@@ -103,6 +106,15 @@ class Search:
                 matters = matters[:, columns.to(matters.device)]
         return matters.any(1).cpu()
 
+    def _rounded(self, axis: Axis, gone: Tensor, round_to: int) -> Tensor:
+        """Give back channels until at least 1 stays, and a multiple of ``round_to`` channels."""
+        step = round_to // math.gcd(round_to, self.widths[axis])
+        stays = len(gone) - int(gone.sum())
+        wanted = min(len(gone), max(1, -(-stays // step)) * step)
+        gone = gone.clone()
+        gone[gone.nonzero().flatten()[: wanted - stays]] = False
+        return gone
+
     def macs(self, costs: Iterable[Cost], removed: Mapping[Axis, Tensor]) -> int:
         """Return the multiply-accumulates of all products."""
         total = 0
@@ -117,9 +129,11 @@ class Search:
 def search_of(model: Model, found: Found) -> Search:
     """Gather the axes of parameters and buffers that anything sums over."""
     states = [state for state in model.states.values() if state.read]
-    axes = dict.fromkeys(axis for state in states for dim in state.dims for axis in leaves(dim))
+    layout, widths = Layout(), dict[Axis, int]()
+    for spot in (spot for state in states for dim in state.dims for spot in layout.places(dim)):
+        widths[spot.axis] = min(spot.stride, widths.get(spot.axis, spot.stride))
     summed = {axis for one in found.sums for axis in leaves(one.along)}
-    return Search(found, [axis for axis in axes if axis in summed], Layout())
+    return Search(found, [axis for axis in widths if axis in summed], layout, widths)
 
 
 def foldable(one: Contraction, allowed: bool) -> None:
@@ -128,13 +142,3 @@ def foldable(one: Contraction, allowed: bool) -> None:
         one.constants = one.right = None
         return
     one.matters = one.matters & (one.constants == 0).unsqueeze(1)
-
-
-def _rounded(gone: Tensor, round_to: int) -> Tensor:
-    """Give back channels until what stays is at least 1 and a multiple of ``round_to``."""
-    stays = len(gone) - int(gone.sum())
-    wanted = min(len(gone), max(1, -(-stays // round_to)) * round_to)
-    back = gone.nonzero().flatten()[: wanted - stays]
-    gone = gone.clone()
-    gone[back] = False
-    return gone

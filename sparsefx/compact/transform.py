@@ -49,6 +49,9 @@ def compact_channels(
     heads, and groups of a convolution, go as a whole. Where a size of the model's code stands
     against it, the channels stay, and the plan says why.
 
+    What only training mode reads (an auxiliary head) is not cut. Nor are channels that reach an
+    output: for Hugging Face models with a cache, set ``use_cache=False``.
+
     Masks are read as the values they leave: of any sparsifier, squashed or parametrized, and of
     ``torch.nn.utils.prune``. The original is not changed. The smaller model has plain parameters
     under the same names, in the original's training mode; batch norm in training mode turns
@@ -56,10 +59,11 @@ def compact_channels(
 
     Args:
         model: holds values and runs on ``args``; a compiled one is taken as it was written.
-        args: inputs; what is removed doesn't depend on their values.
+        args: inputs like those it is for, not just zeros: what is removed doesn't depend on their
+            values, but both models are compared on them.
         kwargs: inputs by name.
-        round_to: keep a multiple of so many channels of each kind (or all), for kernels that
-            want one; 1 removes most.
+        round_to: keep a multiple of so many channels (or all), for kernels that want one; heads
+            and groups count with their width. 1 removes most.
 
     Returns:
         The plan and the model, an ordinary module: ``plan, small = compact_channels(...)``.

@@ -179,6 +179,13 @@ def test_rounding_keeps_a_multiple(compact: Compact):
     assert small[0].out_features == 16
 
 
+def test_rounding_counts_heads_with_their_width(compact: Compact):
+    model = _Numbers()
+    _zero(model.out.weight, *range(9), dim=1)  # three heads of width 3
+    _, small = compact(model, torch.randn(2, 5, 10), round_to=6)
+    assert (small.heads, small.qkv.out_features) == (2, 18)
+
+
 class _HardCoded(nn.Module):
     def __init__(self) -> None:
         super().__init__()
