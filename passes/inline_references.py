@@ -73,7 +73,7 @@ def inline_references(gm: GraphModule) -> PassResult:
 def _opaque(node: Node) -> str:
     device = next(value(n).device for n in node.all_input_nodes if isinstance(value(n), Tensor))
     kernel = ops.has_kernel(node.target, device.type) and not _forced(node)
-    if kernel and not (device.type == "cpu" and _left_to_inductor(node)):
+    if kernel and not _left_to_inductor(node, device.type):
         return "the device has a kernel"
     if node.target is ops.after:
         return "it is there for the partitioner to see"
@@ -82,10 +82,10 @@ def _opaque(node: Node) -> str:
     return ""
 
 
-def _left_to_inductor(node: Node) -> bool:
-    """Whether a CPU is faster without its kernel: where much is kept, and masks that are fused."""
+def _left_to_inductor(node: Node, device: str) -> bool:
+    """Whether a device is better off without its kernel: where much is kept, and fused masks."""
     plan = plan_of(node)
-    if node.target is ops.nm_mask:
+    if node.target is ops.nm_mask and device == "cpu":
         w, _, m, _, transposable = arguments(node)
         weights = value(w).numel()
         return bool(transposable or m <= cost.MOST_FUSED or weights < cost.FEWEST_WEIGHTS)

@@ -72,7 +72,7 @@ def check_forced(plans: Iterable[Plan], ops: Mapping[tuple[int, str], str]) -> N
 
 def _available(op: str, site: Site, pattern: Pattern) -> dict[str, str]:
     """What can serve an op, by kind."""
-    ways = (None, "reference", "cpp")
+    ways = (None, "reference", "cpp", "triton")
     names = [lowering_of(op, site.device, pattern, forced, site) for forced in ways]
     found = {kind_of(name): name for name in names}
     # a transposable mask loops over values: no graph can stand in for the kernel's op
@@ -88,7 +88,7 @@ def _left(
     """Whether the kernel that there is leaves a product to the reference."""
     if forced == "reference":
         return True
-    if (op, device) == ("masked_mm", "cpu"):
+    if op == "masked_mm":
         return site is None or pattern is None or not cost.reads_kept(site, pattern, forced)
     return _beyond_kernels(op, pattern)
 

@@ -99,7 +99,8 @@ def unprofitable(sites: Sequence[Site], pattern: Pattern, packed: bool = False) 
 
 
 def _compresses(site: Site, pattern: Pattern) -> bool:
-    return reads_kept(site, pattern) and number(site.shape[0]) >= FEWEST_ROWS
+    measured = site.device == "cpu"
+    return measured and reads_kept(site, pattern) and number(site.shape[0]) >= FEWEST_ROWS
 
 
 def _compressed(sites: Sequence[Site], pattern: NM | Masked) -> str:
