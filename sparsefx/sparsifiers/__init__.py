@@ -4,10 +4,12 @@ from sparsefx.sparsifiers.adaprune import AdaPrune, adam_fit
 from sparsefx.sparsifiers.base import Layer, Sparsifier
 from sparsefx.sparsifiers.calibration import Calibration, CalibrationRow
 from sparsefx.sparsifiers.conversion import nm_for_sparsity
+from sparsefx.sparsifiers.evolving import SET, Evolving, Static
 from sparsefx.sparsifiers.least_squares import least_squares
 from sparsefx.sparsifiers.mask import Mask
 from sparsefx.sparsifiers.recalibrate import recalibrate_batchnorm
 from sparsefx.sparsifiers.report import Report, Row
+from sparsefx.sparsifiers.rigl import RigL
 from sparsefx.sparsifiers.schedules import Constant, Cubic, Linear, Step
 from sparsefx.sparsifiers.sparsegpt import SparseGPT
 from sparsefx.sparsifiers.srste import SRSTE
@@ -17,19 +19,23 @@ from sparsefx.sparsifiers.unstructured import Unstructured
 from sparsefx.sparsifiers.wanda import Wanda
 
 __all__ = [
+    "SET",
     "SRSTE",
     "AdaPrune",
     "Calibration",
     "CalibrationRow",
     "Constant",
     "Cubic",
+    "Evolving",
     "Layer",
     "Linear",
     "Mask",
     "Report",
+    "RigL",
     "Row",
     "SparseGPT",
     "Sparsifier",
+    "Static",
     "Step",
     "Target",
     "TransposableNM",
