@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefx import compat
 from sparsefx.errors import SparsifierError
 from sparsefx.sparsifiers import base
 from sparsefx.sparsifiers.base import Layer, Sparsifier
 from sparsefx.sparsifiers.budget import shifts
+from sparsefx.sparsifiers.guard import (
+    check_groups,
+    check_target,
+    first_fault,
+    note_faults,
+    number,
+)
 from sparsefx.sparsifiers.mask import check_checkpoint, full, local, shard_like
 from sparsefx.sparsifiers.recurrent import find_all, free_after_forward
 from sparsefx.sparsifiers.schedules import Cubic, whole_number
@@ -79,9 +87,9 @@ class DST(Sparsifier[Unstructured]):
         check_gradients: bool = True,
     ) -> None:
         """Check everything, then put the thresholds on."""
-        self.alpha = _number("alpha", alpha, 0, math.inf)
-        self.reset = _number("reset", reset, 0, 1)
-        self.target = _check_target(density, steps, self.reset)
+        self.alpha = number("alpha", alpha, 0, math.inf)
+        self.reset = number("reset", reset, 0, 1)
+        self.target = check_target(density, steps, self.reset)
         self.span = 0 if steps is None else steps
         self.check_every = whole_number("DST", "check_every", check_every, 1)
         self.check_gradients = check_gradients
@@ -91,6 +99,7 @@ class DST(Sparsifier[Unstructured]):
         targets, self.skipped = find_all(model, rules, Unstructured(density))
         self._place(model, targets)
         self._held: Tensor | None = None
+        self._settled = False
 
     def _place(self, model: nn.Module, targets: list[tuple[Target, Unstructured]]) -> None:
         """Do what the constructor of :class:`Sparsifier` does, with masks that have thresholds."""
@@ -118,7 +127,7 @@ class DST(Sparsifier[Unstructured]):
 
     def thresholds(self) -> dict[str, nn.Parameter]:
         """Return name -> threshold, [out] each, at least float32."""
-        return {name: _mask(layer).threshold for name, layer in self.layers.items()}
+        return {name: mask.threshold for name, mask in self._masks().items()}
 
     def kept(self) -> dict[str, int]:
         """Return name -> number of weights inside the mask. Waits for the device."""
@@ -175,15 +184,17 @@ class DST(Sparsifier[Unstructured]):
             SparsifierError: after squash(), or for an optimizer that decays or lacks a threshold.
         """
         if optimizer is not None:
-            _check_groups(optimizer, self.thresholds())
+            check_groups(optimizer, self.thresholds())
             self.optimizer = optimizer
         super().attach()
 
     def begin(self, step: int) -> None:
         """Look for non-finite numbers, then steer alpha or move all thresholds."""
         if self.optimizer is not None:
-            _check_groups(self.optimizer, self.thresholds())
-        self._note_faults(step)
+            check_groups(self.optimizer, self.thresholds())
+        self._settled = False
+        pairs = {name: (layer.weight, _mask(layer)) for name, layer in self.layers.items()}
+        self._held = note_faults(pairs, step, self.check_gradients)
         if step % self.check_every == 0:
             self.check()
         if self.target is not None:
@@ -194,25 +205,52 @@ class DST(Sparsifier[Unstructured]):
 
     def advance(self, layer: Layer[Unstructured], step: int) -> None:
         """Make the mask anew; a layer that keeps next to nothing gets its thresholds set to 0."""
-        mask, weight = _mask(layer), full(layer.weight.detach())
-        threshold = full(mask.threshold.detach())
-        above = mask.above(weight, threshold)
+        mask = _mask(layer)
         if self.reset > 0 and (self.target is None or step < self.span):
+            threshold = full(mask.threshold.detach())
+            above = mask.above(full(layer.weight.detach()), threshold)
             low = above.sum() <= self.reset * above.numel()
-            threshold = torch.where(low, 0, threshold)
-            above = mask.above(weight, threshold)
-            self._set(mask, threshold)
+            self._set(mask, torch.where(low, 0, threshold))
+        self._remask(layer)
+
+    def _remask(self, layer: Layer[Unstructured]) -> None:
+        mask = _mask(layer)
+        above = mask.above(full(layer.weight.detach()), full(mask.threshold.detach()))
         mask.replace(torch.where(self._stopped(mask), mask.mask, above))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Meet ``density`` now, in a training that ends before step ``steps``.
+
+        Raises:
+            SparsifierError: no density was asked for; after squash(); or as :meth:`check`.
+        """
+        self._check_alive()
+        if self.target is None:
+            raise SparsifierError("DST: settle() is for density=..., and none was asked for")
+        compat.reshard(self.model)
+        self.check()
+        self._held = torch.zeros((), dtype=torch.bool)
+        self._project(self.target)
+        for layer in self.layers.values():
+            self._remask(layer)
+        self._settled = True
 
     def squash(self) -> nn.Module:
         """Leave plain masked weights and no thresholds; see :meth:`Sparsifier.squash`.
 
         Raises:
-            SparsifierError: as there, and for a non-finite number that step() has noted.
+            SparsifierError: as there; for a non-finite number that step() has noted; or before
+                the ``density`` that was asked for is met.
         """
         if not self._squashed:
             self._check_alive()
             self.check()
+            if self.steps < self.span and not self._settled:
+                raise SparsifierError(
+                    f"DST: density={self.target!r} is met from step {self.span} on, and this is "
+                    f"step {self.steps}: call settle() before squash(), or train on"
+                )
         return super().squash()
 
     def check(self) -> None:
@@ -221,28 +259,16 @@ class DST(Sparsifier[Unstructured]):
         Raises:
             SparsifierError: naming the layer and the step; no mask was moved from that step on.
         """
-        faults = [_mask(layer).fault for layer in self.layers.values()]
-        steps = torch.stack([fault.to(faults[0].device) for fault in faults]).tolist()
-        bad = [(step, name) for name, step in zip(self.layers, steps, strict=True) if step]
-        if bad:
-            step, name = min(bad, key=lambda found: found[0])
+        if found := first_fault(self._masks()):
             raise SparsifierError(
-                f"layer {name!r} held a weight, threshold or gradient that is not finite at step "
-                f"{step}; masks are as they were before it: go back to an earlier checkpoint, and "
-                f"lower the learning rate or alpha={self.alpha:.3g}, or clip gradients"
+                f"layer {found[1]!r} held a weight, threshold or gradient that is not finite at "
+                f"step {found[0]}; masks are as they were before it: go back to an earlier "
+                f"checkpoint, and lower the learning rate or alpha={self.alpha:.3g}, or clip "
+                "gradients"
             )
 
-    def _note_faults(self, step: int) -> None:
-        held: list[Tensor] = []
-        for layer in self.layers.values():
-            mask = _mask(layer)
-            parts: list[Tensor] = [layer.weight, mask.threshold]
-            if self.check_gradients:
-                parts += [p.grad for p in (layer.weight, mask.threshold) if p.grad is not None]
-            bad = torch.stack([_strange(part) for part in parts]).any()
-            mask.fault.copy_(torch.where((mask.fault == 0) & bad, step, mask.fault))
-            held.append(mask.fault != 0)
-        self._held = torch.stack([flag.to(held[0].device) for flag in held]).any()
+    def _masks(self) -> dict[str, ThresholdMask]:
+        return {name: _mask(layer) for name, layer in self.layers.items()}
 
     def _stopped(self, mask: ThresholdMask) -> Tensor:
         assert self._held is not None  # begin() set it
@@ -257,7 +283,7 @@ class DST(Sparsifier[Unstructured]):
         assert self.target is not None
         wish = round(Cubic(1.0, self.target, self.span)(step) * self.size)
         limit = int(_LIMIT / _GAIN * self.span * self.size)
-        masks = [_mask(layer) for layer in self.layers.values()]
+        masks = self._masks().values()
         counts = [mask.mask.count_nonzero() for mask in masks]
         excess = torch.stack([n.to(counts[0].device) for n in counts]).sum() - wish
         for mask in masks:
@@ -280,62 +306,3 @@ class DST(Sparsifier[Unstructured]):
 def _mask(layer: Layer[Unstructured]) -> ThresholdMask:
     assert isinstance(layer.mask, ThresholdMask)
     return layer.mask
-
-
-def _strange(x: Tensor) -> Tensor:
-    """Whether any number is not finite: 0 * x is NaN there, and sums of shards can be sent."""
-    return full((x.detach() * 0).sum()) != 0
-
-
-def _number(key: str, value: object, least: float, below: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not least <= value < below  # NaN is not
-    ):
-        raise SparsifierError(
-            f"DST: {key}={value!r} must be a number of at least {least} and below {below}"
-        )
-    return float(value)
-
-
-def _check_target(density: object, steps: object, reset: float) -> float | None:
-    if density is None:
-        if steps is not None:
-            raise SparsifierError(f"DST: steps={steps!r} is read with density= only; leave it out")
-        return None
-    share = _number("density", density, 0, 1)
-    if share <= reset:
-        raise SparsifierError(
-            f"DST: density={density!r} must be above reset={reset!r}, the share that layers are "
-            "brought back from: pass a lower reset"
-        )
-    if steps is None:
-        raise SparsifierError(
-            f"DST: density={density!r} needs steps=..., the optimizer steps until it is to be met"
-        )
-    whole_number("DST", "steps", steps, 1)
-    return share
-
-
-def _check_groups(optimizer: object, thresholds: dict[str, nn.Parameter]) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise SparsifierError(
-            f"DST: optimizer is {type(optimizer).__name__}; pass a torch.optim.Optimizer"
-        )
-    decays = {
-        id(p): group.get("weight_decay", 0)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    for name, threshold in thresholds.items():
-        if id(threshold) not in decays:
-            raise SparsifierError(
-                f"DST: the optimizer doesn't hold the threshold of layer {name!r}: build it on "
-                "parameter_groups(), after the sparsifier and fully_shard"
-            )
-        if decay := decays[id(threshold)]:
-            raise SparsifierError(
-                f"DST: the optimizer decays the threshold of layer {name!r} (weight_decay="
-                f"{decay!r}), which would drive it to 0: build it on parameter_groups()"
-            )
