@@ -10,6 +10,7 @@ from sparsefx.sparsifiers.dst import DST
 from sparsefx.sparsifiers.evolving import SET, Evolving, Static
 from sparsefx.sparsifiers.least_squares import least_squares
 from sparsefx.sparsifiers.mask import Mask
+from sparsefx.sparsifiers.pfp import FilterReport, FilterRow, ProvableFilterPruner
 from sparsefx.sparsifiers.recalibrate import recalibrate_batchnorm
 from sparsefx.sparsifiers.report import Report, Row
 from sparsefx.sparsifiers.rigl import RigL
@@ -32,9 +33,12 @@ __all__ = [
     "Constant",
     "Cubic",
     "Evolving",
+    "FilterReport",
+    "FilterRow",
     "Layer",
     "Linear",
     "Mask",
+    "ProvableFilterPruner",
     "Report",
     "RigL",
     "Row",
