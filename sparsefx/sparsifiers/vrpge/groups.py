@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +118,10 @@ def group_units(
 
 def _exempt(targets: Targets, unit: str, keep_output: bool, known: Model | None) -> dict[str, str]:
     exempt = {}
+    writers: Counter[Dim] = Counter()  # a pinned axis has none that counts
+    if known is not None:
+        rows = [_rows(target, known) for target, _ in targets]
+        writers.update(dim for dim in rows if isinstance(dim, Axis) and not dim.reason)
     for target, _ in targets:
         attention = target.kind == "attention"
         if attention != (unit == "head"):
@@ -125,6 +130,8 @@ def _exempt(targets: Targets, unit: str, keep_output: bool, known: Model | None)
             exempt[target.name] = "hidden units are those of linear layers"
         elif known is not None and keep_output and "output of the model" in _pinned(target, known):
             exempt[target.name] = "it writes the model's output (keep_output=True)"
+        elif unit == "hidden" and known is not None and writers[_rows(target, known)] != 1:
+            exempt[target.name] = "its outputs are not read by layers alone (unit='hidden')"
     if known is None and keep_output and targets and targets[-1][0].kind != "attention":
         exempt[targets[-1][0].name] = "it is the last layer (keep_output=True)"
     return exempt

@@ -257,15 +257,27 @@ class VRPGE(Sparsifier[Unstructured]):
 
     @torch.no_grad()
     def squash(self) -> nn.Module:
-        """Write the most probable (or chosen) sub-net into the parameters and take gates off."""
+        """Write the most probable (or chosen) sub-net into the parameters and take gates off.
+
+        Raises:
+            SparsifierError: as for :meth:`Sparsifier.squash`.
+        """
         if self._squashed:
             return self.model
+        self._check_alone()
         self.freeze()
-        super().squash()
-        for layer in self.beside.values():
+        for layer in reversed(self.beside.values()):  # the last came last, so orders come back
             clear_outside(layer)
             unregister(self.model, layer)
-        return self.model
+        return super().squash()
+
+    def _check_alone(self) -> None:
+        for name, layer in (self.layers | self.beside).items():
+            if len(layer.target.parametrizations) != 1:
+                raise SparsifierError(
+                    f"{name!r} carries another parametrization on top of its gates: remove that "
+                    "before squash()"
+                )
 
     # --- inside
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -151,7 +152,7 @@ class CompactStep:
         small, written = self.gather(live, kept, lambda source: source.tensor)
         for module, mine in self._modules:
             mine.training = module.training
-        out = self._program(self.sizes)(small, args, kwargs)
+        out = self._run_program(small, args, kwargs)
         if owner.model.training:
             _write_back(small, written)
         return out
@@ -218,12 +219,17 @@ class CompactStep:
             out.append(float(own.sum() + (own * (1 - own)).sum().sqrt()))
         return out
 
-    def _program(self, sizes: Sizes) -> Callable[..., Any]:
+    def _run_program(self, small: Tensors, args: Any, kwargs: Any) -> Any:
+        """Run eagerly, or what was compiled for these sizes."""
         if self.backend is None:
-            return self._run
-        if sizes not in self._compiled:
-            self._compiled[sizes] = compat.compile_apart(_run_of(self.skeleton), self.backend)
-        return self._compiled[sizes]
+            return self._run(small, args, kwargs)
+        if self.sizes in self._compiled:
+            return self._compiled[self.sizes](small, args, kwargs)
+        compiled = compat.compile_apart(_run_of(self.skeleton), self.backend)
+        self._compiled[self.sizes] = compiled
+        with warnings.catch_warnings():  # Dynamo asks gathered tensors, no leaves, for their .grad
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+            return compiled(small, args, kwargs)
 
     # --- what is cut where
 
