@@ -33,6 +33,18 @@ def smallest(values: Tensor, zeta: float, signs: str) -> Tensor:
     return chosen[size[chosen].argsort(stable=True)]
 
 
+def largest(values: Tensor, count: int) -> Tensor:
+    """Return int64 places of the ``count`` largest of float [n]; of equal ones the first.
+
+    Selection instead of a sort: there may be millions of values.
+    """
+    if not count:
+        return torch.empty(0, dtype=torch.int64, device=values.device)
+    edge = values.kthvalue(len(values) - count + 1).values
+    above, at = ((values > edge).nonzero().flatten(), (values == edge).nonzero().flatten())
+    return torch.cat([above, at[: count - len(above)]])
+
+
 def share_of(zeta: float, n: int) -> int:
     """Return floor(zeta * n), of the decimal number that was meant: 0.29 * 100 is 28.999..."""
     return math.floor(zeta * n + 1e-9)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsefx.sparsifiers.base import Layer
 from sparsefx.sparsifiers.evolving import Evolving
-from sparsefx.sparsifiers.regrow import check_share
+from sparsefx.sparsifiers.regrow import check_share, largest
 from sparsefx.sparsifiers.schedules import whole_number
 from sparsefx.sparsifiers.targets import Rules
 from sparsefx.sparsifiers.unstructured import Unstructured
@@ -112,8 +112,7 @@ class RigL(Evolving):
         dense = self._dense.pop(layer.target.name, None)
         if dense is None:
             return empty.new_empty(0)
-        score = dense.flatten()[empty].nan_to_num(nan=0, posinf=0)
-        return score.argsort(descending=True, stable=True)[:count]
+        return largest(dense.flatten()[empty].nan_to_num(nan=0, posinf=0), count)
 
     # --- the dense gradient
 

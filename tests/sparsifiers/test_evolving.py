@@ -13,7 +13,7 @@ import sparsefx as sfx
 from sparsefx import Dense, Rule, SparsifierError
 from sparsefx.sparsifiers import SET, Evolving, RigL, Sparsifier, Static
 from sparsefx.sparsifiers.initial import counts_for_density, counts_for_epsilon
-from sparsefx.sparsifiers.regrow import generator_for, smallest
+from sparsefx.sparsifiers.regrow import generator_for, largest, smallest
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.2, momentum=0.9, weight_decay=1e-3),
@@ -157,6 +157,13 @@ def test_what_is_dropped_by_hand():
     assert smallest(values, 0.3, "separate").tolist() == [8, 1]  # floors of 1.2 and 1.8
     assert smallest(values, 0.0, "separate").tolist() == []
     assert len(smallest(torch.ones(100), 0.29, "together")) == 29
+
+
+def test_what_is_largest_by_hand():
+    values = torch.tensor([0.5, 2.0, 0.5, 3.0, 0.5])
+    assert largest(values, 4).tolist() == [1, 3, 0, 2]
+    assert largest(values, 1).tolist() == [3]
+    assert largest(values, 0).tolist() == []
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -529,6 +536,17 @@ def test_a_schedule_out_of_range_and_a_nan_change_nothing(mlp, fit):
         sparsifier.step()
     assert all(torch.equal(mask, before[layer]) for layer, mask in sparsifier.masks().items())
     assert sparsifier.steps == 1
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_sharded_weights_are_refused(mlp, monkeypatch, name):
+    sparsifier = build(mlp, name, every=1)[1]
+    monkeypatch.setattr("sparsefx.sparsifiers.evolving.is_sharded", lambda weight: True)
+    with pytest.raises(SparsifierError, match=r"layer '0' is sharded \(FSDP2\), and masks that"):
+        sparsifier.attach()
+    with pytest.raises(SparsifierError, match=r"train with DDP, or use Static"):
+        sparsifier.step()
+    assert sparsifier.steps == 0
 
 
 def test_growing_nothing_drops_nothing(mlp, fit):
