@@ -212,7 +212,7 @@ TABLE = (
 
 TRANSPOSABLE = "sparsefx.kernels.transposable_mask.triton:solve"  # asked by masks, not by an op
 
-_LIBRARY = torch.library.Library("sparsefx", "IMPL")
+_libraries: dict[tuple[str, str], torch.library.Library] = {}  # of each registration, its own
 
 
 def register() -> None:
@@ -220,9 +220,18 @@ def register() -> None:
     for row in TABLE:
         op = getattr(torch.ops.sparsefx, row.op).default
         if _installed(row.needs) and not ops.has_kernel(op, row.key.lower()):
-            _LIBRARY.impl(row.op, _imported_on_first_call(row.target), row.key)
+            library = torch.library.Library("sparsefx", "IMPL")
+            library.impl(row.op, _imported_on_first_call(row.target), row.key)
+            _libraries[row.op, row.key] = library
     if _installed("triton"):
         masks.accelerate("cuda", _imported_on_first_call(TRANSPOSABLE))
+
+
+def release(op_name: str, key: str) -> None:
+    """Take a registered launcher back, so that C++ can register in its place."""
+    library = _libraries.pop((op_name, key), None)
+    if library is not None:
+        library._destroy()
 
 
 def kernel_for(op_name: str, device_type: str) -> str | None:

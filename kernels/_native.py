@@ -2,17 +2,26 @@
 
 import ctypes
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from sparsefx import kernels
 from sparsefx.compat import build_cpp
 from sparsefx.errors import KernelError, SparsefxWarning
+from sparsefx.ops import NAMESPACE, REFERENCES
 
 _PER_THREAD = 1 << 15  # elements that are worth another thread
 _built: dict[Path, ctypes.CDLL | None] = {}
+_entered: dict[Any, Any] = {}  # op -> the kernel that called for C++, which may still be running
+_entering = threading.RLock()
+_references = torch.library.Library(f"{NAMESPACE}_reference", "DEF")
+# dispatch.h tells them by their place, from 1: the first that fits
+_REFUSALS = (IndexError, ValueError, TypeError, NotImplementedError, RuntimeError)
 
 
 def library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL | None:
@@ -25,7 +34,8 @@ def library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL
     if source not in _built:
         _built[source] = None
         try:
-            found = build_cpp(self_contained(source))
+            # the version: torch's headers are compiled in, and those of another differ
+            found = build_cpp(f"// torch {torch.__version__}\n{self_contained(source)}")
         except KernelError as error:
             warnings.warn(
                 f"CPU kernels of {source.stem} run as torch operators, to the same values but more "
@@ -53,3 +63,61 @@ def self_contained(source: Path) -> str:
 def threads(elements: int) -> int:
     """How many threads moving so many elements is worth."""
     return min(torch.get_num_threads(), 1 + elements // _PER_THREAD)
+
+
+# --- C++ in the dispatcher
+
+
+def handed_over(source: Path, op: Any, *args: Any) -> Any:
+    """Let C++ take an op's calls on CPU from now on, and call it; the reference without a compiler.
+
+    Args:
+        source: the C++ file, whose ``sparsefx_enter`` registers the op's kernel.
+        op: the overload that was called.
+        args: with what.
+
+    Raises:
+        KernelError: the dispatcher refuses the kernel.
+    """
+    return op(*args) if _enter(source, op) else REFERENCES[op](*args)
+
+
+def _enter(source: Path, op: Any) -> bool:
+    with _entering:  # of two first calls one finds the op entered
+        found = library(source, _declare)
+        if found is None or op in _entered:
+            return found is not None
+        _offer_reference(op, found)
+        name = op._schema.name.partition("::")[2]
+        _entered[op] = torch.library.get_kernel(op, "CPU")
+        kernels.release(name, "CPU")
+        if found.sparsefx_enter(name.encode()):
+            raise KernelError(
+                f"torch {torch.__version__} refuses the CPU kernel of {op.name()}, which "
+                f"{source.name} registers; from now on its reference runs"
+            )
+    return True
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    library.sparsefx_enter.argtypes = [ctypes.c_char_p]
+    library.sparsefx_refused.argtypes = [ctypes.c_int, ctypes.c_char_p]
+    library.sparsefx_refused.restype = None
+
+
+def _offer_reference(op: Any, library: ctypes.CDLL) -> None:
+    """Define what C++ calls for what it doesn't serve; it is told of errors, and raises them."""
+
+    def run(*args: Any) -> Any:
+        try:
+            return REFERENCES[op](*args)
+        except BaseException as error:  # raised by C++, since the stable ABI would lose what it is
+            kinds = [place for place, one in enumerate(_REFUSALS, 1) if isinstance(error, one)]
+            said = str(error) if kinds else f"{type(error).__name__}: {error}"
+            library.sparsefx_refused(*kinds[:1] or [len(_REFUSALS)], said.encode(errors="replace"))
+            if kinds:
+                return torch.empty(0)
+            raise
+
+    name = _references.define(str(op._schema).partition("::")[2])
+    _references.impl(name, run, "CompositeExplicitAutograd")

@@ -1,15 +1,21 @@
 // Columns picked out of rows, and put back among the others, a row at a time while it is in cache.
 // Elements are moved, never read as numbers, so one function serves all types of a size.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "../memory.h"
+#include "../dispatch.h"
 
 namespace {
 
@@ -47,10 +53,10 @@ void stream(char* out, const char* in, int64_t bytes) {
 #endif
 }
 
-// out[i, :] = rest[i] or 0, then out[i, columns[j]] = values[i, j]; ldv in elements
+// out[i, :] = rest[i] or 0, then out[i, columns[j]] = values[i, j]; ldv and ldr in elements
 template <typename Item>
 void put(const Item* values, int64_t rows, int64_t ldv, const int64_t* columns, int64_t k,
-         const Item* rest, Item* out, int64_t size, int threads) {
+         const Item* rest, int64_t ldr, Item* out, int64_t size, int threads) {
   const int64_t bytes = size * sizeof(Item);
   const bool streams = rows * bytes >= LARGE && bytes % LINE == 0 &&
                        reinterpret_cast<uintptr_t>(out) % LINE == 0;
@@ -65,7 +71,7 @@ void put(const Item* values, int64_t rows, int64_t ldv, const int64_t* columns, 
       const Item* from = values + i * ldv;
       Item* to = streams ? line : out + i * size;
       if (rest != nullptr) {
-        for (int64_t j = 0; j < size; ++j) to[j] = rest[i];
+        for (int64_t j = 0; j < size; ++j) to[j] = rest[i * ldr];
       } else if (!streams) {
         std::memset(to, 0, bytes);
       }
@@ -123,38 +129,128 @@ void sum_rows(const Real* x, int64_t rows, int64_t ldx, int64_t size, Real* out,
     for (int64_t j = 0; j < size; ++j) out[j] += totals[t * size + j];
 }
 
+// --- in the dispatcher
+
+constexpr int64_t LANES = 16;  // float32 in the widest vector
+
+// Whether rows lie in memory one element after the other.
+bool by_rows(const Tensor& x) {
+  return x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1);
+}
+
+bool are_columns(const Tensor& indices) {
+  return indices.dim() == 1 && type_of(indices) == aoti_torch_dtype_int64() &&
+         indices.is_contiguous();
+}
+
+// Elements of a size that is known; complex ones may stand for their conjugates.
+bool movable(const Tensor& x) {
+  return item_size(x) <= 8 && type_of(x) != aoti_torch_dtype_complex32() &&
+         type_of(x) != aoti_torch_dtype_complex64();
+}
+
+const int64_t* columns_within(const Tensor& indices, int64_t size) {
+  const auto* columns = static_cast<const int64_t*>(indices.data_ptr());
+  const int64_t k = indices.size(0);
+  if (outside(columns, k, size)) {
+    const auto ends = std::minmax_element(columns, columns + k);
+    TORCH_CHECK_INDEX(false, "columns ", *ends.first, " .. ", *ends.second, " of a matrix of ",
+                      size, " columns");
+  }
+  return columns;
+}
+
+// Work(Item{}) with the unsigned integer of x's size.
+template <typename Work>
+void by_size(const Tensor& x, const Work& work) {
+  switch (item_size(x)) {
+    case 1: return work(uint8_t{});
+    case 2: return work(uint16_t{});
+    case 4: return work(uint32_t{});
+    default: return work(uint64_t{});
+  }
+}
+
+Tensor take_columns(const Tensor& x, const Tensor& indices) {
+  if (!by_rows(x) || !are_columns(indices) || !movable(x))
+    return reference("sparsefx_reference::take_columns", x, indices);
+  const int64_t rows = x.size(0), k = indices.size(0);
+  const int64_t* columns = columns_within(indices, x.size(1));
+  const Tensor out = fresh(x, rows, k, k);
+  by_size(x, [&](auto item) {
+    using Item = decltype(item);
+    auto* to = static_cast<Item*>(out.data_ptr());
+    expect_pages(to, rows * k * sizeof(Item));
+    take(static_cast<const Item*>(x.data_ptr()), rows, x.stride(0), columns, k, to,
+         threads_for(rows * k));
+  });
+  return out;
+}
+
+bool multiplied(const Tensor& a, const Tensor& b, const Tensor& indices,
+                const std::optional<Tensor>& rest) {
+  const int32_t type = type_of(a);
+  const bool known = type == aoti_torch_dtype_float32() || type == aoti_torch_dtype_float64() ||
+                     type == aoti_torch_dtype_float16() || type == aoti_torch_dtype_bfloat16();
+  const bool fits = a.dim() == 2 && b.dim() == 2 && type_of(b) == type &&
+                    a.size(1) == b.size(0) && are_columns(indices) &&
+                    indices.size(0) == b.size(1);
+  return known && fits &&
+         (!rest || (rest->dim() == 2 && type_of(*rest) == type &&
+                    rest->size(0) == a.size(0) && rest->size(1) == 1));
+}
+
+// rows that start on a vector: an odd distance costs up to half as long again. The library writes
+// 16-bit results through a copy.
+Tensor product(const Tensor& a, const Tensor& b) {
+  const int64_t k = b.size(1);
+  const int64_t width = item_size(a) < 4 ? k : (k + LANES - 1) / LANES * LANES;
+  const Tensor values = fresh(a, a.size(0), k, std::max<int64_t>(width, 1));
+  TORCH_CHECK(!aoti_torch_cpu_mm_out(values.get(), a.get(), b.get()), "torch.mm failed");
+  return values;
+}
+
+Tensor scattered_mm(const Tensor& a, const Tensor& b, const Tensor& indices, int64_t size,
+                    const std::optional<Tensor>& rest) {
+  if (!multiplied(a, b, indices, rest))
+    return reference("sparsefx_reference::scattered_mm", a, b, indices, size, rest);
+  const int64_t rows = a.size(0), k = b.size(1);
+  const int64_t* columns = columns_within(indices, size);
+  const Tensor values = product(a, b), out = fresh(a, rows, size, size);
+  by_size(a, [&](auto item) {
+    using Item = decltype(item);
+    auto* to = static_cast<Item*>(out.data_ptr());
+    expect_pages(to, rows * size * sizeof(Item));
+    put(static_cast<const Item*>(values.data_ptr()), rows, values.stride(0), columns, k,
+        rest ? static_cast<const Item*>(rest->data_ptr()) : nullptr, rest ? rest->stride(0) : 0,
+        to, size, threads_for(rows * size));
+  });
+  return out;
+}
+
+template <typename Real>
+void sum_into(const Tensor& x, bool squared, const Tensor& out) {
+  const auto sums = squared ? sum_rows<true, Real> : sum_rows<false, Real>;
+  sums(static_cast<const Real*>(x.data_ptr()), x.size(0), x.stride(0), x.size(1),
+       static_cast<Real*>(out.data_ptr()), threads_for(x.numel()));
+}
+
+Tensor sums(const Tensor& x, bool squared) {
+  const int32_t type = type_of(x);
+  const bool single = type == aoti_torch_dtype_float32();
+  if (!by_rows(x) || (!single && type != aoti_torch_dtype_float64()))
+    return reference("sparsefx_reference::sum_rows", x, squared);
+  const Tensor out = fresh(x, x.size(1));
+  single ? sum_into<float>(x, squared, out) : sum_into<double>(x, squared, out);
+  return out;
+}
+
+constexpr Kernel KERNELS[] = {
+    {"take_columns", TORCH_BOX(&take_columns)},
+    {"scattered_mm", TORCH_BOX(&scattered_mm)},
+    {"sum_rows", TORCH_BOX(&sums)},
+};
+
 }  // namespace
 
-#define SUMS(REAL, BITS)                                                                          \
-  EXPORT void sparsefx_sum_rows_f##BITS(const REAL* x, int64_t rows, int64_t ldx, int64_t size,   \
-                                        REAL* out, int squared, int threads) {                    \
-    squared ? sum_rows<true>(x, rows, ldx, size, out, threads)                                    \
-            : sum_rows<false>(x, rows, ldx, size, out, threads);                                  \
-  }
-
-SUMS(float, 32)
-SUMS(double, 64)
-
-// Both return 0, or 1 when a column is outside the matrix and nothing was done.
-#define MOVES(BITS)                                                                               \
-  EXPORT int sparsefx_take_##BITS(const uint##BITS##_t* x, int64_t rows, int64_t size,            \
-                                  int64_t ldx, const int64_t* columns, int64_t k,                 \
-                                  uint##BITS##_t* out, int threads) {                             \
-    if (outside(columns, k, size)) return 1;                                                      \
-    expect_pages(out, rows * k * sizeof *out);                                                    \
-    take(x, rows, ldx, columns, k, out, threads);                                                 \
-    return 0;                                                                                     \
-  }                                                                                               \
-  EXPORT int sparsefx_put_##BITS(const uint##BITS##_t* values, int64_t rows, int64_t ldv,         \
-                                 const int64_t* columns, int64_t k, const uint##BITS##_t* rest,   \
-                                 uint##BITS##_t* out, int64_t size, int threads) {                \
-    if (outside(columns, k, size)) return 1;                                                      \
-    expect_pages(out, rows * size * sizeof *out);                                                 \
-    put(values, rows, ldv, columns, k, rest, out, size, threads);                                 \
-    return 0;                                                                                     \
-  }
-
-MOVES(8)
-MOVES(16)
-MOVES(32)
-MOVES(64)
+EXPORT int sparsefx_enter(const char* op) { return enter(KERNELS, op); }
