@@ -28,7 +28,7 @@ from timing import factor, machine, race, show, spread_of, where, write
 from sparsefx.compact import CompactPlan, compact_channels
 from sparsefx.compact.contractions import contractions
 from sparsefx.compact.dead import Search, search_of
-from sparsefx.permutation.axes import Axis, factors, leaves
+from sparsefx.permutation.axes import Axis, factors, leaves, segments
 from sparsefx.permutation.propagate import Model, understand
 
 Inputs = dict[str, Tensor]
@@ -72,7 +72,8 @@ def classes(model: nn.Module, inputs: Inputs) -> tuple[Model, Search, list[Axis]
     known = understand(model, (), dict(inputs), False, training=False)
     with torch.no_grad():
         search = search_of(known, contractions(known))
-    dims = [factors(dim) for state in known.states.values() if state.read for dim in state.dims]
+    whole = [dim for state in known.states.values() if state.read for dim in state.dims]
+    dims = [factors(part) for dim in whole for part in segments(dim)]
     inner = {axis for parts in dims for part in parts[1:] for axis in leaves(part)}
     free = [axis for axis in search.axes if not search.reason(axis) and axis not in inner]
     return known, search, free

@@ -91,10 +91,11 @@ def _double(value: Any) -> Any:
 def _relative(was: Tensor, now: Tensor) -> float:
     if not was.numel():
         return 0.0
-    was, now = was.to(torch.complex128), now.to(torch.complex128)
-    gap = torch.where(was == now, torch.zeros_like(was), was - now).abs().max()
-    finite = was.abs()[torch.isfinite(was.abs())]
-    scale = float(finite.max()) if finite.numel() else 0.0
+    if not was.is_complex():
+        was, now = was.double(), now.double()
+    gap = (was - now).abs_().masked_fill_(was == now, 0.0).max()  # infinities may be equal
+    sizes = was.abs()
+    scale = float(sizes.masked_fill_(~torch.isfinite(sizes), 0.0).max())
     return float(gap) / (scale or 1.0) if float(gap) == float(gap) else float("inf")
 
 
