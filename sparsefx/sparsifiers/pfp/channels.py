@@ -18,7 +18,6 @@ from torch.fx import Node
 from sparsefx import compat
 from sparsefx.permutation.axes import Axis, Dim, Prod, UnifyError, factors, leaves, size_of, take
 from sparsefx.permutation.flow import Flow, argument, entries
-from sparsefx.permutation.maths import MATHS
 from sparsefx.permutation.places import places
 from sparsefx.permutation.propagate import Model, understand
 from sparsefx.permutation.state import State
@@ -28,6 +27,7 @@ aten = torch.ops.aten
 _WEIGHT = {  # operator -> place of the right operand
     aten.mm.default: 1, aten.addmm.default: 2, aten.convolution.default: 1,
 }  # fmt: skip
+Coordinates = dict[Axis, Tensor]  # by axis, its coordinate at each place of a dimension
 _NORMALISED = {aten._softmax.default, aten._log_softmax.default}
 
 
@@ -121,13 +121,14 @@ def wiring_of(
     states = {target.name: known.states[id(target.weight)] for target in targets}
     inputs = {t.name: _input(t, states[t.name]) for t in targets}
     outputs = {t.name: states[t.name].dims[1 if t.kind == "conv1d" else 0] for t in targets}
-    free = _free(known, set(states.values()))
-    wiring = _grouped(inputs, outputs.values())
+    columns = {states[t.name]: set(leaves(states[t.name].dims[t.axis])) for t in targets}
+    free, readers = _free(known, columns), {n: _coordinates(dim) for n, dim in inputs.items()}
+    wiring = _grouped(inputs, readers, outputs.values())
     for name, dim in outputs.items():
-        wiring.rows[name] = _rows(dim, inputs, free)
+        wiring.rows[name] = _rows(dim, readers, free)
     for state in known.states.values():
         if _is_vector(state) and state.name not in left_alone:
-            rows = _rows(state.dims[0], inputs, free)
+            rows = _rows(state.dims[0], readers, free)
             if rows.links:
                 wiring.vectors[state.name] = rows
     return wiring
@@ -154,30 +155,31 @@ def _input(target: Target, state: State) -> Dim:
 # --- axes that nothing but our layers sums over
 
 
-def _free(known: Model, weights: set[State]) -> set[Axis]:
-    """Axes whose coordinates may fall to zero when our layers' columns for them are zero."""
+def _free(known: Model, columns: Mapping[State, set[Axis]]) -> set[Axis]:
+    """Axes whose coordinates may fall to zero when our layers' columns for them are zero.
+
+    Args:
+        known: the walked model; what it pinned is not free.
+        columns: by our layers' weights, the axes that they are meant to sum over.
+    """
     flow = known.flow
     by_dims = {id(state.dims): state for state in known.states.values()}
     axes = {a for s in known.states.values() for dim in s.dims for a in leaves(dim)}
-    read = {axis for node in flow.of_node for axis in _lost(flow, node, by_dims, weights)}
-    return {axis for axis in axes - read if not axis.reason}
+    for node in flow.of_node:
+        if node.op == "call_function":
+            weight = _weight_of(flow, node, by_dims)
+            ours = columns.get(weight, set()) if weight is not None else set()
+            axes -= _lost(flow, node) - ours
+    return {axis for axis in axes if not axis.reason}
 
 
-def _lost(
-    flow: Flow, node: Node, by_dims: Mapping[int, State], weights: set[State]
-) -> Iterable[Axis]:
+def _lost(flow: Flow, node: Node) -> set[Axis]:
     """Axes over which a node sums, or does anything but carry them on."""
-    if node.op != "call_function" or _weight_of(flow, node, by_dims) in weights:
-        return
-    stays = _axes(flow, [node])
-    for axis in _axes(flow, node.all_input_nodes):
-        if axis not in stays:
-            yield axis
+    lost = _axes(flow, node.all_input_nodes) - _axes(flow, [node])
     if node.target in _NORMALISED:
         operand: Any = node.args[0]
-        yield from leaves(flow.dims(operand)[argument(node, 1, "dim")])
-    elif node.target not in MATHS and not stays:
-        yield from _axes(flow, node.all_input_nodes)
+        lost |= set(leaves(flow.dims(operand)[argument(node, 1, "dim")]))
+    return lost
 
 
 def _axes(flow: Flow, nodes: Iterable[Node]) -> set[Axis]:
@@ -198,20 +200,22 @@ def _weight_of(flow: Flow, node: Node, by_dims: Mapping[int, State]) -> State | 
 # --- coordinates
 
 
-def _coordinates(dim: Dim) -> dict[Axis, Tensor]:
+def _coordinates(dim: Dim) -> Coordinates:
     """Return, by axis, its coordinate at each place of a dimension; -1 where it has none."""
-    found: dict[Axis, Tensor] = {}
+    found: Coordinates = {}
     for spot in places(dim):
         at = found.setdefault(spot.axis, torch.full((size_of(dim),), -1))
         at[spot.positions] = spot.local
     return found
 
 
-def _grouped(inputs: Mapping[str, Dim], outputs: Iterable[Dim]) -> Wiring:
+def _grouped(
+    inputs: Mapping[str, Dim], readers: Mapping[str, Coordinates], outputs: Iterable[Dim]
+) -> Wiring:
     made = {axis for dim in outputs for axis in leaves(dim)}
     wiring, same = Wiring(), dict[Any, list[str]]()
     for name, dim in inputs.items():
-        found = _coordinates(dim)
+        found = readers[name]
         axes = sorted([a for a in found if a in made] or found, key=id)
         every = torch.arange(size_of(dim))
         alone = torch.stack([found[a] for a in axes]).amax(0) < 0 if axes else every >= 0
@@ -223,7 +227,7 @@ def _grouped(inputs: Mapping[str, Dim], outputs: Iterable[Dim]) -> Wiring:
     return wiring
 
 
-def _rows(dim: Dim, inputs: Mapping[str, Dim], free: set[Axis]) -> Rows:
+def _rows(dim: Dim, readers: Mapping[str, Coordinates], free: set[Axis]) -> Rows:
     mine = _coordinates(dim)
     if not mine or not set(mine) <= free:
         return Rows(size_of(dim))
@@ -233,14 +237,14 @@ def _rows(dim: Dim, inputs: Mapping[str, Dim], free: set[Axis]) -> Rows:
         inside = (present == pattern).all(1)
         axes = [axis for axis, is_there in zip(mine, pattern.tolist(), strict=True) if is_there]
         rows = torch.stack([mine[axis] for axis in axes], 1)
-        for name, other in inputs.items():
-            if (link := _link(name, rows, inside, axes, _coordinates(other))) is not None:
+        for name, theirs in readers.items():
+            if (link := _link(name, rows, inside, axes, theirs)) is not None:
                 links.append(link)
     return Rows(size_of(dim), tuple(links))
 
 
 def _link(
-    name: str, rows: Tensor, inside: Tensor, axes: Sequence[Axis], theirs: Mapping[Axis, Tensor]
+    name: str, rows: Tensor, inside: Tensor, axes: Sequence[Axis], theirs: Coordinates
 ) -> Link | None:
     """Match rows and columns that have all axes in common.
 

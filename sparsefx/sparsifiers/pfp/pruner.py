@@ -37,7 +37,7 @@ class ProvableFilterPruner(Sparsifier[Unstructured]):
 
     Convolutions with groups, linear layers and Hugging Face's Conv1D are pruned, and projections of
     nn.MultiheadAttention by their input channels. Heads are no units: queries and keys keep their
-    filters, and what a head computes shrinks only if all its channels go.
+    filters. Channels that a layer norm reads, too, keep theirs, and their columns stay as zeros.
 
     Args:
         model: changed in place, once every check has passed.

@@ -107,8 +107,13 @@ def look(
     found: dict[str, Seen] = {}
     examples, first, size = 0, None, 0
 
+    mixed = set[str]()
+
     def take(name: str, inputs: tuple[Tensor, ...]) -> None:
-        _note(found, known[name], inputs, size, taps)
+        if any(x is not inputs[0] for x in inputs):
+            mixed.add(name)  # query, key and value differ: a column stands for three channels
+        else:
+            _note(found, known[name], inputs, size, taps)
 
     stream = Stream(model, batches)
     with quiet(model), tapped(model, targets, take):
@@ -118,7 +123,7 @@ def look(
             examples += size
             if examples >= wanted:
                 break
-    return found, examples, first
+    return {name: seen for name, seen in found.items() if name not in mixed}, examples, first
 
 
 def _size(batch: Any) -> int:
@@ -130,8 +135,6 @@ def _size(batch: Any) -> int:
 def _note(
     found: dict[str, Seen], target: Target, inputs: tuple[Tensor, ...], size: int, taps: str
 ) -> None:
-    if any(x is not inputs[0] for x in inputs):
-        return  # query, key and value differ: a column stands for three channels
     matrix = target.matrix(target.weight.detach())  # [out, in/groups, *taps]
     kind = torch.float64 if matrix.dtype is torch.float64 else torch.float32
     split = matrix.flatten(2) if matrix.dim() > 2 else matrix.unsqueeze(2)
@@ -145,6 +148,11 @@ def _note(
                 f"the input of layer {target.name!r} holds NaN or infinity; clean the batches"
             )
         shares = channel_sensitivity(rows.to(kind), weight, taps)
+        if not bool(shares.isfinite().all()):
+            raise SparsifierError(
+                f"layer {target.name!r} holds infinity in its weight, or its outputs overflow: "
+                "repair it before pruning"
+            )
         seen.sensitivity = torch.maximum(seen.sensitivity, shares.double())
         places += rows.shape[1]
     seen.places += places
