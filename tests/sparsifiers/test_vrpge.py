@@ -473,6 +473,20 @@ def test_what_can_not_be_left_out_is_computed_whole():
     assert_close(gradients(heads, heads, x), gradients(heads, compact, x))
 
 
+def test_sizes_that_code_holds_as_numbers_follow():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=8), nn.PReLU(8)),
+        *(nn.Conv1d(8, 5, 2), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(15, 2)),
+    )
+    x = torch.randn(2, 3, 10)
+    gates = VRPGE(model, 0.5, args=x)
+    compact = gates.compact()
+    assert compact.whole == {}
+    assert_close(gradients(model, model, x), gradients(model, compact, x))
+    assert compact.skeleton[2].groups == compact.sizes[0] < 8 == model[2].groups
+
+
 # --- refusals
 
 

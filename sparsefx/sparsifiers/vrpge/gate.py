@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -56,7 +58,8 @@ def exchange(layer: Layer[Unstructured]) -> Layer[Unstructured]:
     """Put a :class:`GateMask` where the plain mask was."""
     mask = GateMask(layer.mask.mask, layer.pattern)
     mask.train(layer.target.module.training)
-    layer.target.module.parametrizations[layer.target.tensor_name][0] = mask  # type: ignore[index,union-attr,operator]
+    held: Any = layer.target.module.parametrizations
+    held[layer.target.tensor_name][0] = mask
     return Layer(layer.target, mask, layer.pattern, layer.order)
 
 

@@ -263,8 +263,11 @@ def count_uses(
     for target in targets:
 
         def seen(module: nn.Module, args: Any, out: Any, target: Target = target) -> None:
-            if target.kind == "attention":
-                uses[target.name] += args[0].numel() // module.embed_dim  # type: ignore[operator]
+            if target.kind == "attention":  # it never calls the module of its output projection
+                if target.tensor_name in ("in_proj_weight", "q_proj_weight"):
+                    path = target.name.removesuffix(target.tensor_name)
+                    uses[f"{path}out_proj"] += out[0].numel() // module.embed_dim
+                uses[target.name] += out[0].numel() // module.embed_dim
             else:
                 uses[target.name] += out.numel() // target.weight.shape[row_dim(target)]
 

@@ -352,8 +352,12 @@ def _sequence(args: Tensor | Sequence[Any]) -> tuple[Any, ...]:
 def _rules(rules: Rules, exempt: Mapping[str, str]) -> Rules:
     if not exempt:
         return rules
-    dense = Rule(lambda target: target.name in exempt, forward=Dense())
+    dense = Rule(_named(exempt), forward=Dense())
     return [dense, *(["*"] if rules is None else rules)]
+
+
+def _named(names: Mapping[str, str]) -> Callable[[Any], bool]:
+    return lambda target: target.name in names
 
 
 def _scalar(loss: object) -> Tensor:

@@ -58,12 +58,14 @@ class _Cut:
         spots: (group, its gate for each position, those positions), for each place of an axis.
         size: of the dimension.
         written: whether channels that are off are to be zero in it.
+        told: (module, attribute) of the code that holds the size as a number.
     """
 
     number: int
     spots: Spots
     size: int
     written: bool
+    told: tuple[tuple[nn.Module, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,7 @@ class CompactStep:
 
     def __init__(self, owner: VRPGE, backend: Any, buckets: int, programs: int) -> None:
         """Find what is cut where, and try it."""
-        if owner.known is None:
+        if owner.known is None or owner.skeleton is None:
             raise SparsifierError(
                 "VRPGE.compact() needs to know who reads which channel: pass args=, example "
                 "inputs, to VRPGE"
@@ -186,6 +188,8 @@ class CompactStep:
                 if key not in known:
                     known[key] = _positions(cut, live, kept)
                 index, on = known[key]
+                for module, attribute in cut.told:
+                    setattr(module, attribute, len(index))
                 if source.buffer or len(index) < cut.size:
                     part = part.index_select(cut.number, index)
                 if source.buffer:
@@ -245,7 +249,8 @@ class CompactStep:
             for number, dim in enumerate(made_of.get(name, ())):
                 own = gate[1] if number == gate[0] else self._spots(dim)
                 if own:
-                    cuts.append(_Cut(number, own, size_of(dim), number == gate[0]))
+                    told = _told(self.skeleton, name, number)
+                    cuts.append(_Cut(number, own, size_of(dim), number == gate[0], told))
             if name in buffers and len(cuts) > 1:
                 for group, _, _ in (spot for cut in cuts for spot in cut.spots):
                     self.groups[group].reason = f"buffer {name!r} holds gated channels twice"
@@ -339,6 +344,17 @@ def _plain_name(model: nn.Module, target: Target) -> str:
     return f"{path}.{target.tensor_name}".lstrip(".")
 
 
+def _told(skeleton: nn.Module, name: str, number: int) -> tuple[tuple[nn.Module, str], ...]:
+    """Return where code keeps a size that it reads: depthwise groups, Hugging Face's Conv1D."""
+    path, _, key = name.rpartition(".")
+    module = skeleton.get_submodule(path)
+    size = module.get_parameter(key).shape[number] if key == "weight" else 0
+    for attribute, dim in (("groups", 0), ("nf", 1)):
+        if number == dim and size > 1 and getattr(module, attribute, None) == size:
+            return ((module, attribute),)
+    return ()
+
+
 def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """Return the dict in which a model keeps a tensor, and its key there."""
     path, _, key = name.rpartition(".")
@@ -346,5 +362,5 @@ def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     if key in module._buffers:
         return module._buffers, key
     if key not in module._parameters:
-        return module.parametrizations[key]._parameters, "original"  # type: ignore[index,union-attr,return-value]
+        return module.parametrizations[key]._parameters, "original"  # type: ignore[index,union-attr]
     return module._parameters, key

@@ -64,9 +64,9 @@ class Trial:
             if was.shape != now.shape:
                 return f"without, an output is {tuple(now.shape)} instead of {tuple(was.shape)}"
             scale = float(was.abs().max()) or 1.0
-            error = float((was - now).abs().max()) / scale
-            if not error <= min(1000 * torch.finfo(was.dtype).eps, 0.05):
-                return f"without, an output differs by {error:.1e}: a norm over channels?"
+            gap = float((was - now).abs().max()) / scale
+            if not gap <= min(1000 * torch.finfo(was.dtype).eps, 0.05):
+                return f"without, an output differs by {gap:.1e}: a norm over channels?"
         return ""
 
     def _run(self, kept: list[Tensor]) -> list[Tensor]:
