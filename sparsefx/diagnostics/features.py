@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from sparsefx import compat
@@ -175,7 +177,8 @@ def features(net: Network, x: Any, output: int | str | None, samples: int) -> tu
     rows, values = [], []
     for start in range(0, samples, chunk):
         part = compat.map_leaves(lambda t, at=start: t[at : at + chunk], x)
-        grads, out = each(dict(net.weights), part)
+        with _plain_attention():
+            grads, out = each(dict(net.weights), part)
         rows.append(torch.cat([_active(net, name, g) for name, g in grads.items()], 1))
         values.append(out)
     f, jacobian = torch.cat(values).double(), torch.cat(rows).double()
@@ -183,6 +186,18 @@ def features(net: Network, x: Any, output: int | str | None, samples: int) -> tu
         if not bool(tensor.isfinite().all()):
             raise DiagnosticsError(f"the model's {what} hold NaN or infinity on x: nothing to rank")
     return f, jacobian
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Compute attention by operators that vmap knows; of the fused ones it warns."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _active(net: Network, name: str, grads: Tensor) -> Tensor:
