@@ -451,7 +451,7 @@ def test_parameters_that_were_replaced(mlp, fit):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", MOVING)
 def test_one_compilation_serves_a_training(mlp, fit, name):
     plain, alike, optimizer = build(mlp, name, "adamw")
     fit(plain, alike, optimizer, 4)
@@ -562,8 +562,9 @@ def test_growing_nothing_drops_nothing(mlp, fit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "epsilon", "least"), [("set", 8, 96.0), ("rigl", 8, 96.0)])
-def test_digits(name, epsilon, least):
+@pytest.mark.parametrize("name", MOVING)
+def test_digits(name):
+    """Weights begin as the paper's, N(0, 0.1 squared); half of the recipe's 40 epochs."""
     pytest.importorskip("sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -577,19 +578,24 @@ def test_digits(name, epsilon, least):
     model = nn.Sequential(
         nn.Linear(64, 304), nn.ReLU(), nn.Linear(304, 104), nn.ReLU(), nn.Linear(104, 10)
     )
+    for layer in (0, 2, 4):
+        nn.init.normal_(model[layer].weight, std=0.1)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    more = {"every": 20, "until": 800} if name == "set" else {"every": 20, "steps": 800}
+    more = {"until": 400} if name == "set" else {"steps": 400}
     rules = [Rule("4", forward=Dense()), "*"]
-    sparsifier = MAKE[name](model, optimizer, density=None, epsilon=epsilon, rules=rules, **more)
+    sparsifier = MAKE[name](
+        model, optimizer, every=20, density=None, epsilon=8, rules=rules, **more
+    )
     before = kept(sparsifier)
     assert before == {"0": 8 * 368, "2": 8 * 408}
-    for _ in range(40):
+    for _ in range(20):
         for batch in torch.randperm(len(x))[: len(x) // 64 * 64].split(64):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
             sparsifier.step()
-    assert kept(sparsifier) == before
+        assert kept(sparsifier) == before
+    assert sparsifier.sad(total=True)["0"] > 0
     with torch.no_grad():
         right = (model(x_test).argmax(1) == y_test).float().mean().item()
-    assert 100 * right >= least
+    assert 100 * right >= 95.0
