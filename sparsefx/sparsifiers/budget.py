@@ -13,6 +13,12 @@ def least_kept(size: int, floor: float) -> int:
     return min(int(floor * size) + 1, size) if floor > 0 else 0
 
 
+def excess(masks: Sequence[Tensor], wish: int) -> Tensor:
+    """Return how many entries masks keep beyond a wish: int64 scalar on the first one's device."""
+    counts = [mask.count_nonzero() for mask in masks]
+    return torch.stack([n.to(counts[0].device) for n in counts]).sum() - wish
+
+
 def shifts(margins: Sequence[Tensor], density: float, floor: float) -> list[Tensor]:
     """Return for each layer what to add to its thresholds; nothing waits for the device.
 

@@ -14,13 +14,13 @@ from sparsefx import compat
 from sparsefx.errors import SparsifierError
 from sparsefx.sparsifiers import base
 from sparsefx.sparsifiers.base import Layer, Sparsifier
-from sparsefx.sparsifiers.budget import shifts
+from sparsefx.sparsifiers.budget import excess, shifts
 from sparsefx.sparsifiers.guard import (
     check_groups,
     check_target,
-    first_fault,
     note_faults,
     number,
+    tell_fault,
 )
 from sparsefx.sparsifiers.mask import check_checkpoint, full, local, shard_like
 from sparsefx.sparsifiers.recurrent import find_all, free_after_forward
@@ -53,7 +53,7 @@ class DST(Sparsifier[Unstructured]):
     while more is kept than a cubic ramp from 1 to ``density`` over ``steps`` wishes, and down while
     less is (integral control of log alpha), and from step ``steps`` on all thresholds move by one
     number at every step, after which the share ``density`` of all masked layers' weights together
-    is above them.
+    is above them, ties and rounding apart.
 
     Args:
         model: changed in place; see :class:`Sparsifier`.
@@ -122,8 +122,6 @@ class DST(Sparsifier[Unstructured]):
             *free_after_forward(targets),
         ]
         super().attach()
-
-    # --- what a user asks for
 
     def thresholds(self) -> dict[str, nn.Parameter]:
         """Return name -> threshold, [out] each, at least float32."""
@@ -209,14 +207,15 @@ class DST(Sparsifier[Unstructured]):
         if self.reset > 0 and (self.target is None or step < self.span):
             threshold = full(mask.threshold.detach())
             above = mask.above(full(layer.weight.detach()), threshold)
-            low = above.sum() <= self.reset * above.numel()
+            low = above.count_nonzero() <= self.reset * above.numel()
             self._set(mask, torch.where(low, 0, threshold))
         self._remask(layer)
 
     def _remask(self, layer: Layer[Unstructured]) -> None:
         mask = _mask(layer)
         above = mask.above(full(layer.weight.detach()), full(mask.threshold.detach()))
-        mask.replace(torch.where(self._stopped(mask), mask.mask, above))
+        turned = (above ^ mask.mask) & ~self._stopped(mask)  # far faster than where() on the CPU
+        mask.replace(mask.mask ^ turned)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -259,13 +258,7 @@ class DST(Sparsifier[Unstructured]):
         Raises:
             SparsifierError: naming the layer and the step; no mask was moved from that step on.
         """
-        if found := first_fault(self._masks()):
-            raise SparsifierError(
-                f"layer {found[1]!r} held a weight, threshold or gradient that is not finite at "
-                f"step {found[0]}; masks are as they were before it: go back to an earlier "
-                f"checkpoint, and lower the learning rate or alpha={self.alpha:.3g}, or clip "
-                "gradients"
-            )
+        tell_fault(self._masks(), self.alpha)
 
     def _masks(self) -> dict[str, ThresholdMask]:
         return {name: _mask(layer) for name, layer in self.layers.items()}
@@ -284,10 +277,9 @@ class DST(Sparsifier[Unstructured]):
         wish = round(Cubic(1.0, self.target, self.span)(step) * self.size)
         limit = int(_LIMIT / _GAIN * self.span * self.size)
         masks = self._masks().values()
-        counts = [mask.mask.count_nonzero() for mask in masks]
-        excess = torch.stack([n.to(counts[0].device) for n in counts]).sum() - wish
+        over = excess([mask.mask for mask in masks], wish)
         for mask in masks:
-            moved = (mask.drive + excess.to(mask.drive.device)).clamp(-limit, limit)
+            moved = (mask.drive + over.to(mask.drive.device)).clamp(-limit, limit)
             mask.drive.copy_(torch.where(self._stopped(mask), mask.drive, moved))
 
     def _project(self, density: float) -> None:
@@ -297,8 +289,7 @@ class DST(Sparsifier[Unstructured]):
             _mask(layer).margins(full(layer.weight.detach()), threshold)
             for layer, threshold in zip(layers, whole, strict=True)
         ]
-        together = [margin.to(margins[0].device) for margin in margins]
-        moves = shifts(together, density, self.reset)
+        moves = shifts([m.to(margins[0].device) for m in margins], density, self.reset)
         for layer, threshold, move in zip(layers, whole, moves, strict=True):
             self._set(_mask(layer), threshold + move.to(threshold.device))
 

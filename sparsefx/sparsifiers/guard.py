@@ -72,12 +72,18 @@ def note_faults(
     return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
 
 
-def first_fault(masks: Mapping[str, ThresholdMask]) -> tuple[int, str] | None:
-    """Return step and layer of the first fault, or None. Waits for the device, once."""
+def tell_fault(masks: Mapping[str, ThresholdMask], alpha: float) -> None:
+    """Raise SparsifierError for the first fault, if there is one. Waits for the device, once."""
     faults = [mask.fault for mask in masks.values()]
     steps = torch.stack([fault.to(faults[0].device) for fault in faults]).tolist()
     bad = [(step, name) for name, step in zip(masks, steps, strict=True) if step]
-    return min(bad, key=lambda found: found[0], default=None)
+    if bad:
+        step, name = min(bad, key=lambda found: found[0])
+        raise SparsifierError(
+            f"layer {name!r} held a weight, threshold or gradient that is not finite at step "
+            f"{step}; masks are as they were before it: go back to an earlier checkpoint, and "
+            f"lower the learning rate or alpha={alpha:.3g}, or clip gradients"
+        )
 
 
 def check_groups(optimizer: object, thresholds: Mapping[str, nn.Parameter]) -> None:

@@ -21,8 +21,7 @@ def long_tailed(x: Tensor) -> Tensor:
     It is 2 - 4|x| up to |x| = 0.4, 0.4 from there to |x| = 1, and 0 beyond.
     """
     size = x.abs()
-    near = torch.where(size <= 0.4, 2 - 4 * size, 0.4)  # a tensor beside the number: x's precision
-    return torch.where(size <= 1, near, 0)
+    return (2 - 4 * size).clamp(min=0.4).masked_fill(size > 1, 0)
 
 
 class _Threshold(torch.autograd.Function):
@@ -46,7 +45,7 @@ class _Threshold(torch.autograd.Function):
         others = [dim for dim in range(w.dim()) if threshold.shape[dim] == 1]
         along = [dim for dim in others if w.shape[dim] != 1]
         onto_t = through.sum(along, keepdim=True) if along else through
-        onto_w = torch.where(mask, grad, 0) + through * w.sign()
+        onto_w = grad.masked_fill(~mask, 0) + through * w.sign()
         return onto_w.to(w.dtype), -onto_t.to(threshold.dtype), None
 
 
