@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsefx import compat
 from sparsefx.errors import ExportError
@@ -25,7 +25,7 @@ class Comparison:
     where: str = ""
 
 
-def eager_outputs(model: nn.Module, args: Sequence[Any]) -> list[Tensor]:
+def eager_outputs(model: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
     """Run the model on copies of its inputs; returns its output tensors in the file's order."""
     copies = compat.map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, tuple(args))
     with torch.no_grad():

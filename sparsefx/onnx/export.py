@@ -1,36 +1,37 @@
-"""``export_onnx``: the model as the compiler would run it, with zeros where weights don't act.
+"""``export_onnx``: the model as the compiler would run it, in plain ONNX.
 
-    check the arguments -> find the zeros -> mask a copy -> torch.onnx -> write aside
-    -> onnx.checker -> zeros of the file -> onnxruntime against eager -> move into place
+    check the arguments -> find the zeros -> mask a copy -> torch.onnx -> sampled products
+    -> choose forms -> write aside -> onnx.checker -> read back -> onnxruntime against eager
+    -> move into place
 
 All is written in a folder of its own beside the file, which goes away whatever happens.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
+from sparsefx import compat
 from sparsefx.config import SparseConfig, as_config
 from sparsefx.errors import ConfigError, ExportError
-from sparsefx.onnx import compare, facts
+from sparsefx.onnx import compare, drafting, forms, masking
+from sparsefx.onnx import sampled as sampling
 from sparsefx.onnx.report import ExportReport
-from sparsefx.onnx.zeros import Weight, Zeros, find_zeros
+from sparsefx.onnx.writing import write
+from sparsefx.onnx.zeros import find_zeros
 
-WEIGHTS = ("auto", "dense")
+WEIGHTS = ("auto", *forms.FORMS)
+SAMPLED = ("sampled", "exact")
 INLINE_LIMIT = 1_500_000_000  # bytes of weights in one file; protobuf ends at 2 GiB
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
@@ -40,73 +41,101 @@ def export_onnx(
     args: Tensor | tuple[Any, ...],
     path: str | os.PathLike[str],
     config: SparseConfig | str | dict[str, Any] | None = None,
-    *,
-    weights: str = "dense",
+    weights: str = "auto",
     dynamic_shapes: Any = None,
+    sampled: str = "sampled",
     verify: bool = True,
+    force: bool = False,
+    *,
+    external_above: int | None = None,
 ) -> ExportReport:
     """Write ``model`` as ONNX, with zeros where the config's N:M masks drop weights.
 
     Which weights get zeros follows from the config by the compiler's own decisions on the
     inference graph; magnitudes are those of the weights as they are now. A weight that the model
     masks itself is stored as its mask leaves it, and its mask is not in the file. The model is
-    exported in eval mode and not changed, its mode included. The file holds plain operators only;
-    what the config makes N:M in it stands in its metadata under ``"sparsefx.weights"`` (JSON: one
-    object per tensor). Above 1.5 GB the weights go to a second file beside it, ``<name>.data``.
+    exported in eval mode and not changed, its mode included. A runtime with opset 18 or later runs
+    the file; what each was seen to do stands in README.md beside this. What the config makes N:M
+    stands in the metadata under ``"sparsefx.weights"`` (JSON: one object per tensor), the model's
+    names for the tensors under ``"sparsefx.parameters"``.
 
     Args:
         model: a module, compiled or not.
         args: the inputs that it is traced with; a tuple, or one tensor.
         path: of the file; its folder must exist.
-        config: as for the backend.
-        weights: ``"dense"`` stores the zeros; ``"auto"`` chooses, today always ``"dense"``.
+        config: as for the backend. None takes that of a model compiled by sparsefx.
+        weights: how weights with zeros are stored. ``"dense"``: with the zeros. ``"packed"``: N:M
+            weights as kept values and bit-packed places, which a function of standard operators
+            expands. ``"coo"``: as sparse initializers (values and int64 indices), refused where
+            these are larger than dense. ``"auto"``: each in its smallest form that onnx.checker
+            and onnxruntime take. All of this is size on disk: runtimes multiply dense weights.
         dynamic_shapes: as for ``torch.onnx.export``.
+        sampled: ``"sampled"`` writes products that the config samples at inference as functions
+            of standard operators; ``"exact"`` writes them dense.
         verify: run the file in onnxruntime, on ``args`` and on other inputs of the same shapes,
             and compare with the eager masked model. onnx.checker runs in any case.
+        force: write ``"coo"`` weights even where they are larger than dense ones.
+        external_above: bytes of weights above which they go to a second file beside the first,
+            ``<name>.data``; 1.5 GB by default.
 
     Returns:
-        What was written, and how far it is from the eager masked model.
+        What was written, in which forms, and how far it is from the eager masked model.
 
     Raises:
-        ConfigError: a bad config or ``weights``.
+        ConfigError: a bad config, ``weights``, ``sampled`` or ``external_above``.
         ExportError: bad ``model``, ``args`` or ``path``; packages are missing; the config wants
-            what stored zeros can't express; the exporter, the checker or the comparison failed.
-            No file is left behind then, and one that was there before is untouched.
+            what a file can't express; no weight can take the form; the exporter, the checker or
+            the comparison failed. No file is left behind then, and one that was there before is
+            untouched.
     """
-    settings, inputs, target = _checked(model, args, path, config, weights)
-    _import_extra(verify)
-    masked = _eval_copy(model)
+    _check_options(weights, sampled, external_above)
+    settings, inputs, target = _checked(model, args, path, _config_of(model, config))
+    _import_extra(verify or weights == "auto")
+    masked = masking.eval_copy(model)
     zeros = find_zeros(masked, inputs, settings)
-    _mask(masked, zeros.weights)
-    _apply_pruning(masked)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        program = _export(masked, inputs, dynamic_shapes)
-        if zeros.stored_masks:
-            tensors = [*masked.parameters(), *masked.buffers()]
-            _apply_masks(program, max(x.numel() * x.element_size() for x in tensors))
-        found = _describe(program, zeros.weights)
-        file = aside / target.name
-        program.save(str(file), external_data=_weight_bytes(masked) > INLINE_LIMIT)
-        _run_checker(str(file))
-        report = _read_back(file, target, zeros.weights, found)
+    products = zeros.products if sampled == "sampled" else []
+    sampling.check(products)
+    masking.mask(masked, zeros.weights)
+    names = masking.apply_pruning(masked)
+    limit = INLINE_LIMIT if external_above is None else external_above
+    with _aside(target) as file:
+        draft = drafting.draft(masked, inputs, dynamic_shapes, zeros, products, names)
+        report, runtime = write(draft, file, weights, force, limit)
+        report = replace(report, path=str(target))
         if verify:
-            report = _verified(report, file, masked, inputs, zeros)
-        _move_into_place(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            runtime = runtime or compare.OnnxRuntime(str(file))
+            run = _sampling(masked, settings) if draft.sampled else masked
+            report = _verified(report, runtime, masked, run, inputs, zeros.depth)
+        _move_into_place(file.parent, target)
     return report
 
 
 # --- before any work
 
 
+def _check_options(weights: str, sampled: str, external_above: int | None) -> None:
+    for key, given, known in (("weights", weights, WEIGHTS), ("sampled", sampled, SAMPLED)):
+        if given not in known:
+            allowed = ", ".join(map(repr, known))
+            raise ConfigError(f"export_onnx: {key}={given!r} is not one of {allowed}")
+    whole = isinstance(external_above, int) and not isinstance(external_above, bool)
+    if external_above is not None and not (whole and external_above >= 0):
+        raise ConfigError(
+            f"export_onnx: external_above={external_above!r} must be a number of bytes, 0 or more"
+        )
+
+
+def _config_of(model: Any, config: Any) -> Any:
+    """The config that was given, or that the model was compiled with."""
+    wrapper: Any = compat.wrapper_of(model) if config is None else None
+    if wrapper is None or not compat.made_by(wrapper, "sparsefx.backend"):
+        return config
+    return compat.options_of(wrapper).get("config")
+
+
 def _checked(
-    model: object, args: object, path: str | os.PathLike[str], config: object, weights: str
+    model: object, args: object, path: str | os.PathLike[str], config: Any
 ) -> tuple[SparseConfig, tuple[Any, ...], Path]:
-    if weights not in WEIGHTS:
-        allowed = ", ".join(map(repr, WEIGHTS))
-        raise ConfigError(f"export_onnx: weights={weights!r} is not one of {allowed}")
     settings = as_config(config).resolved()
     if settings.passes:
         names = ", ".join(getattr(f, "__name__", repr(f)) for f in settings.passes)
@@ -130,8 +159,8 @@ def _checked(
     return settings, args, target
 
 
-def _import_extra(verify: bool) -> None:
-    for name in _NEEDED if verify else _NEEDED[:2]:
+def _import_extra(runtime: bool) -> None:
+    for name in _NEEDED if runtime else _NEEDED[:2]:
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -140,160 +169,42 @@ def _import_extra(verify: bool) -> None:
             ) from error
 
 
-# --- the masked model
-
-
-def _eval_copy(model: nn.Module) -> nn.Module:
-    """Copy everything but the parameters, which nothing here writes to."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    for module, name in _pruned(model):  # what pruning left from the last forward has a history
-        shared[id(getattr(module, name))] = getattr(module, name).detach()
-    try:
-        return copy.deepcopy(model, shared).eval()
-    except (RuntimeError, TypeError) as error:  # a tensor with a history, a lock, a file
-        raise ExportError(
-            f"the model can't be copied: {error} (remove_weight_norm bakes what it has put in a "
-            "parameter's place)"
-        ) from error
-
-
-def _pruned(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """What torch.nn.utils.prune masks before each forward: (module, name of the weight)."""
-    return [
-        (module, hook._tensor_name)
-        for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, prune.BasePruningMethod)
-    ]
-
-
-def _apply_pruning(copied: nn.Module) -> None:
-    """Leave pruned parameters as plain ones with zeros; the user's own are not written to."""
-    for module, name in _pruned(copied):
-        original = getattr(module, f"{name}_orig")
-        setattr(module, f"{name}_orig", nn.Parameter(original.detach().clone()))
-        prune.remove(module, name)  # type: ignore[no-untyped-call]
-
-
-def _apply_masks(program: Any, limit: int) -> None:
-    """Compute in the file what follows from stored tensors alone: masked weights are stored.
-
-    Args:
-        program: as the exporter returned it; it stops at a few thousand bytes itself.
-        limit: bytes of the largest weight.
-    """
-    from onnxscript import optimizer
-
-    optimizer.optimize(program.model, input_size_limit=limit, output_size_limit=limit)
-
-
-def _mask(model: nn.Module, weights: Sequence[Weight]) -> None:
-    """Put masked tensors in the place of those in ``weights``, wherever the copy holds them."""
-    replaced: dict[int, Tensor] = {}
-    for weight in weights:
-        old = weight.tensor
-        new: Tensor = torch.where(weight.kept(), old.detach(), 0.0)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        replaced[id(old)] = new
-    for module in model.modules():
-        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
-        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
-        for name, value in [*parameters, *buffers]:
-            if id(value) in replaced:
-                setattr(module, name, replaced[id(value)])
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
-
-
 # --- the file
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> Any:
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """Yield the file's place in a folder of its own, on the same disk."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        program = torch.onnx.export(
-            model, args, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
-        )
-    except torch.onnx.OnnxExporterError as error:
-        raise ExportError(
-            f"torch.onnx.export can't write this model: {_innermost(error)}"
-        ) from error
-    assert program is not None  # dynamo=True returns a program
-    return program
+        yield folder / target.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _innermost(error: BaseException) -> str:
-    """Say what went wrong without the pages of advice that the exporter wraps around it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip()}"
-
-
-def _describe(program: Any, weights: list[Weight]) -> dict[str, facts.Fact]:
-    """Find the zeros among the program's tensors and say so in its metadata."""
-    values = {
-        name: value.const_value.numpy()
-        for name, value in program.model.graph.initializers.items()
-        if value.const_value is not None
-    }
-    stored = {name: torch.from_numpy(array != 0) for name, array in values.items() if array.ndim}
-    found = facts.locate(weights, stored)
-    entries = [
-        fact.to_dict(name, float(stored[name].double().mean())) for name, fact in found.items()
-    ]
-    program.model.metadata_props[facts.METADATA_KEY] = json.dumps(entries)
-    return found
-
-
-def _run_checker(path: str) -> None:
-    import onnx
-
-    errors = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except errors as error:
-        raise ExportError(f"onnx.checker refuses the file: {error}") from error
-
-
-def _read_back(
-    file: Path, target: Path, weights: list[Weight], found: dict[str, facts.Fact]
-) -> ExportReport:
-    """Make the report from the file itself, checking each zero that it promises."""
-    import onnx
-
-    proto = onnx.load(str(file))
-    names = {weight.name for weight in weights}
-    rows = []
-    for tensor in proto.graph.initializer:
-        array = onnx.numpy_helper.to_array(tensor)
-        nonzero, fact = torch.from_numpy(np.asarray(array != 0)), found.get(tensor.name)
-        if fact is not None:
-            facts.check(tensor.name, nonzero, fact)
-        parameter = tensor.name if tensor.name in names else ""
-        rows.append(facts.row(tensor.name, nonzero, int(array.nbytes), fact, parameter))
-    shown = {row.parameter for row in rows}
-    return ExportReport(
-        path=str(target),
-        bytes=sum(part.stat().st_size for part in file.parent.iterdir()),
-        rows=tuple(rows),
-        opset=next(entry.version for entry in proto.opset_import if entry.domain == ""),
-        hidden=tuple(weight.name for weight in weights if weight.name not in shown),
+def _sampling(model: nn.Module, settings: SparseConfig) -> Callable[..., Any]:
+    """The masked model with its sampled products, operator by operator."""
+    config = replace(settings, codegen="aot_eager")
+    compiled: Callable[..., Any] = compat.compile_apart(
+        model, "sparsefx", options={"config": config}
     )
+    return compiled
 
 
 def _verified(
-    report: ExportReport, file: Path, model: nn.Module, args: tuple[Any, ...], zeros: Zeros
+    report: ExportReport,
+    runtime: compare.OnnxRuntime,
+    model: nn.Module,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    depth: int,
 ) -> ExportReport:
-    """Compare the file with the eager masked model and add what came of it to the report."""
-    runtime = compare.OnnxRuntime(str(file))
+    """Compare the file with ``run``, the eager masked model; put the result into the report."""
     dtypes = [parameter.dtype for parameter in model.parameters()]
     worst = limit = 0.0
     for kind, inputs in (("the given", args), ("random", compare.fresh_inputs(args))):
-        expected = compare.eager_outputs(model, inputs)
-        limit = compare.tolerance(expected, dtypes, zeros.depth)
+        expected = compare.eager_outputs(run, inputs)
+        limit = compare.tolerance(expected, dtypes, depth)
         found = compare.compare(expected, runtime(inputs), limit)
         if found.error > found.tolerance:
             raise ExportError(

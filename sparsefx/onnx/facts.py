@@ -17,7 +17,6 @@ from torch import Tensor
 from sparsefx import masks
 from sparsefx.config import NM
 from sparsefx.errors import ExportError
-from sparsefx.onnx.report import TensorRow
 from sparsefx.onnx.zeros import Use, Weight
 
 METADATA_KEY = "sparsefx.weights"
@@ -115,15 +114,3 @@ def check(name: str, nonzero: Tensor, fact: Fact) -> None:
             f"tensor {name!r} of the file, parameter {fact.parameter!r}, is not {fact}: "
             f"{verdict.reason}"
         )
-
-
-def row(name: str, nonzero: Tensor, size: int, fact: Fact | None, parameter: str) -> TensorRow:
-    """Return the report's row of one stored tensor."""
-    return TensorRow(
-        name=name,
-        shape=tuple(nonzero.shape),
-        bytes=size,
-        density=masks.density(nonzero),
-        pattern="" if fact is None else str(fact),
-        parameter=parameter if fact is None else fact.parameter,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
 
 _WIDTH = 44  # of the column of names
@@ -15,10 +16,14 @@ class TensorRow:
     Attributes:
         name: of the initializer in the file.
         shape: as stored; the exporter may have transposed the parameter.
-        bytes: as stored.
+        bytes: as stored: of a packed tensor's values and codes, of a sparse one's values and
+            indices.
         density: share of elements that aren't zero.
         pattern: "2:4 along dim 1" or "2:4 transposable"; empty where no zeros were asked for.
         parameter: the model's name for it; empty where the exporter made the tensor itself.
+        form: "dense", "packed" or "coo".
+        why: why in that form, with sizes; empty where no other was asked for.
+        dense_bytes: with its zeros.
     """
 
     name: str
@@ -27,6 +32,9 @@ class TensorRow:
     density: float
     pattern: str = ""
     parameter: str = ""
+    form: str = "dense"
+    why: str = ""
+    dense_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ class ExportReport:
         runtimes: the runtimes that were tried, with their versions.
         hidden: masked parameters whose zeros no stored tensor shows, since the exporter merged
             them with something else; their effect on the results was still compared.
+        dense_bytes: of a file with all zeros stored, to a few bytes per tensor.
+        form: of the weights: "dense", "packed", "coo", or "packed and coo".
+        why: why in that form: what was asked for, or what "auto" tried.
+        sampled: how many products are sampled in the file.
+        missing: entries of the state_dict that ``load_weights`` can't give.
     """
 
     path: str
@@ -54,6 +67,11 @@ class ExportReport:
     tolerance: float | None = None
     runtimes: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    dense_bytes: int = 0
+    form: str = "dense"
+    why: str = ""
+    sampled: int = 0
+    missing: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return a table that fits 120 columns, by the model's own names where there are some."""
@@ -61,7 +79,8 @@ class ExportReport:
         rest = [row for row in self.rows if row not in shown]
         lines = [
             f"{self.path}: {_size(self.bytes)}, opset {self.opset}",
-            f"{'tensor':<{_WIDTH}} {'shape':<20} {'bytes':>10} {'density':>8}  pattern",
+            *self._forms(),
+            f"{'tensor':<{_WIDTH}} {'shape':<20} {'bytes':>10} {'density':>8} {'form':<6}  pattern",
             *map(_line, shown),
         ]
         if rest:
@@ -76,13 +95,27 @@ class ExportReport:
         )
         return "\n".join(lines)
 
+    def _forms(self) -> list[str]:
+        """Say what the form of the weights saves, and what else the file is no plain copy in."""
+        lines = []
+        if self.why:
+            share = self.bytes / self.dense_bytes
+            dense = _size(self.dense_bytes)
+            lines.append(f"weights {self.form}, {share:.2f} of {dense} dense; {self.why}")
+        if self.sampled:
+            lines.append(f"{self.sampled} sampled products")
+        return [part for line in lines for part in textwrap.wrap(line, 118)]
+
 
 def _line(row: TensorRow) -> str:
     name = row.parameter or row.name
     if len(name) > _WIDTH:
         name = "…" + name[1 - _WIDTH :]
     shape = " x ".join(map(str, row.shape))
-    return f"{name:<{_WIDTH}} {shape:<20} {row.bytes:>10} {row.density:>8.3f}  {row.pattern}"
+    return (
+        f"{name:<{_WIDTH}} {shape:<20} {row.bytes:>10} {row.density:>8.3f} "
+        f"{row.form:<6}  {row.pattern}"
+    )
 
 
 def _size(count: int) -> str:

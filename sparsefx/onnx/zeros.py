@@ -22,6 +22,7 @@ from sparsefx import naming, ops, pipeline
 from sparsefx.capture import Compilation, record_graphs, trace_again
 from sparsefx.config import NM, Sampled, SparseConfig
 from sparsefx.errors import ExportError
+from sparsefx.onnx.sampled import Product
 from sparsefx.plan import Plan
 from sparsefx.rewriting import CASTS, INPUT, arguments, peel, plan_of, value
 
@@ -120,11 +121,13 @@ class Zeros:
         weights: the parameters that get zeros.
         depth: sum of the reduction lengths of all products: how often a result was rounded.
         stored_masks: whether the model applies masks of its own, which leave zeros as well.
+        products: every forward product, in the order of the graphs, and how it is sampled.
     """
 
     weights: list[Weight] = field(default_factory=list)
     depth: int = 0
     stored_masks: bool = False
+    products: list[Product] = field(default_factory=list)
 
 
 def find_zeros(model: nn.Module, args: Sequence[object], config: SparseConfig) -> Zeros:
@@ -160,6 +163,7 @@ def find_zeros(model: nn.Module, args: Sequence[object], config: SparseConfig) -
                 zeros.stored_masks |= any(plan.site.mask for plan in decided.plans.values())
                 for weight, reading in _readings(decided, given):
                     readings.setdefault(id(weight), []).append(reading)
+                zeros.products += _products(decided, given)
     for weight in given.values():
         found_here = readings.pop(id(weight), [])
         if any(reading.pattern is not None for reading in found_here):
@@ -229,17 +233,36 @@ def _refuse_other_than_zeros(node: Node, plan: Plan, sources: Container[Node]) -
     """Say no to what no stored zeros can express."""
     assert plan.decision is not None
     pattern, layer = plan.decision.pattern, plan.site.layer
-    if isinstance(pattern, Sampled):
-        raise ExportError(
-            f"{layer!r} is sampled at inference ({pattern}, inference=True), which this export "
-            "can't write; use Sampled(inference=False), whose inference is exact"
-        )
     if isinstance(pattern, NM) and (reason := _not_stored(_weight_operand(node), sources)):
         raise ExportError(
             f"the weight of {layer!r} ({pattern}) {reason}, so there is no tensor to store zeros "
             "in; bake it into a parameter (parametrize.remove_parametrizations does) or put a "
             f"rule with forward=Dense() for {layer!r} first"
         )
+
+
+def _products(decided: _Decided, given: Mapping[int, Weight]) -> Iterator[Product]:
+    """Every forward product, with the parameter that its weight is made of."""
+    for node in decided.gm.graph.nodes:
+        if (plan := decided.plan(node)) is not None:
+            pattern = plan.decision.pattern if plan.decision else None
+            known = plan.site.weight in ("right", "both") and not plan.flipped
+            source = _parameter_of(_weight_operand(node), given) if known else None
+            yield Product(
+                parameter=source.name if source is not None else "",
+                layer=plan.site.layer,
+                pattern=pattern if isinstance(pattern, Sampled) else None,
+                weight_left=plan.site.weight == "left" or plan.flipped,
+            )
+
+
+def _parameter_of(operand: Node, given: Mapping[int, Weight]) -> Weight | None:
+    """The parameter that an operand is a view of, or is computed from alone, as by a mask."""
+    if operand.op == "call_function":
+        found = [_parameter_of(source, given) for source in operand.all_input_nodes]
+        return next((weight for weight in found if weight is not None), None)
+    weight = given.get(id(operand.meta.get(INPUT)))
+    return weight if weight is not None and isinstance(weight.tensor, nn.Parameter) else None
 
 
 def _weight_operand(node: Node) -> Node:

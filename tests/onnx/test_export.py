@@ -49,7 +49,7 @@ def test_the_file_is_the_compiled_model(name, config, count, build, run_file, st
     before = copy.deepcopy(model.state_dict())
     path = tmp_path / "m.onnx"
 
-    report = sfx.export_onnx(model, x, path, config=config)
+    report = sfx.export_onnx(model, x, path, config=config, weights="dense")
 
     # nothing but the file, and nothing of the model, changed
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
@@ -123,7 +123,7 @@ def test_a_compiled_model_is_taken_as_it_was(build, run_file, tmp_path):
 def test_large_weights_lie_beside_the_file(build, run_file, stored, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "INLINE_LIMIT", 0)
     model, x = build("mlp")
-    report = sfx.export_onnx(model, (x,), tmp_path / "m.onnx", config=ROW)
+    report = sfx.export_onnx(model, (x,), tmp_path / "m.onnx", config=ROW, weights="dense")
     files = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
     assert set(files) == {"m.onnx", "m.onnx.data"}
     assert report.bytes == sum(files.values())
@@ -240,8 +240,21 @@ def own_pass(gm: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"weights": "packed"}, sfx.ConfigError, "weights='packed' is not one of 'auto', 'dense'"),
-        ({"weights": "coo"}, sfx.ConfigError, "weights='coo' is not one of 'auto', 'dense'"),
+        (
+            {"weights": "csr"},
+            sfx.ConfigError,
+            "weights='csr' is not one of 'auto', 'dense', 'packed', 'coo'",
+        ),
+        (
+            {"sampled": "no"},
+            sfx.ConfigError,
+            "sampled='no' is not one of 'sampled', 'exact'",
+        ),
+        (
+            {"external_above": -1},
+            sfx.ConfigError,
+            "external_above=-1 must be a number of bytes",
+        ),
         ({"config": "9:4"}, sfx.ConfigError, "'9:4' is not a preset"),
         ({"path": "none/m.onnx"}, sfx.ExportError, "folder 'none' doesn't exist; create it"),
         ({"path": "."}, sfx.ExportError, "path='.' is a folder; name a file in it"),

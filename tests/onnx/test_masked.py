@@ -78,7 +78,7 @@ def test_the_file_holds_the_masked_weight(make, run_file, stored, tmp_path):
     model, kept = make()
     x = torch.randn(2, 16, 5, 5) if make is convolution else torch.randn(3, WIDE)
     before, parameters = copy.deepcopy(model.state_dict()), [*model.parameters()]
-    report = sfx.export_onnx(model, x, tmp_path / "m.onnx", ROW)
+    report = sfx.export_onnx(model, x, tmp_path / "m.onnx", ROW, weights="dense")
 
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

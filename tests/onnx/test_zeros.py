@@ -189,10 +189,14 @@ def test_a_weight_that_is_computed():
 
 
 def test_sampling_at_inference():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
-    rule = sfx.Rule("*", forward=sfx.Sampled(0.5, inference=True))
-    with pytest.raises(sfx.ExportError, match=r"'0' is sampled at inference \(sampled 0.5"):
-        kept(model, torch.randn(2, 8), config(rule))
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    pattern = sfx.Sampled(0.5, inference=True)
+    zeros = find_zeros(model.eval(), (torch.randn(2, 8),), config(sfx.Rule("*", forward=pattern)))
+    assert zeros.weights == []
+    assert [(p.parameter, p.layer, p.pattern, p.weight_left) for p in zeros.products] == [
+        ("0.weight", "0", pattern, False),
+        ("2.weight", "2", None, False),  # the output stays dense
+    ]
 
 
 # --- finding them in a file
