@@ -108,8 +108,7 @@ def test_unequal_channels_take_more_draws_and_no_number_takes_all():
     assert (expected_unique(one, 3), draws_for(one, 0.5)) == (1, 1)
 
 
-@pytest.mark.parametrize("budget", ["parameters", "flops"])
-@pytest.mark.parametrize("keep", [0.8, 0.3])
+@pytest.mark.parametrize(("budget", "keep"), [("parameters", 0.8), ("flops", 0.3)])
 def test_the_budget_is_met_from_below(budget, keep):
     model, x = Residual(), examples(16, 3, 6, 6)
     dense = copy.deepcopy(model)
@@ -162,7 +161,7 @@ def errors_of(variant: str, draws: int) -> Tensor:
 
 
 def test_random_is_unbiased_and_hybrid_no_worse():
-    wrong, hybrid = errors_of("random", 800), errors_of("hybrid", 400)
+    wrong, hybrid = errors_of("random", 500), errors_of("hybrid", 300)
     for error in (wrong, hybrid):
         assert (error.mean(0).abs() <= 3 * error.std(0) / len(error) ** 0.5).all()
     assert hybrid.square().mean() <= wrong.square().mean()
@@ -186,7 +185,7 @@ def test_variants_of_a_set():
 # --- the whole
 
 
-@pytest.mark.parametrize("variant", ["deterministic", "random", "hybrid"])
+@pytest.mark.parametrize("variant", ["deterministic", "random"])
 def test_filters_and_vectors_that_nobody_reads_are_zero_and_change_nothing(variant):
     model, x = Residual().eval(), examples(16, 3, 6, 6)
     with torch.no_grad():
@@ -258,6 +257,51 @@ def test_attention_embeddings_and_other_kinds_of_layers():
     assert model(ids).isfinite().all()
 
 
+def test_a_weight_that_is_also_read_along_its_rows_keeps_them():
+    class Autoencoder(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.inner, self.tied = nn.Linear(6, 10), nn.Linear(10, 4), tied
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).relu()
+            return torch.cat([self.inner(h), h @ self.first.weight if self.tied else x], 1)
+
+    rows = []
+    for tied in (False, True):
+        pruner = ProvableFilterPruner(Autoencoder(tied), [examples(9, 6)], 0.5)
+        rows.append({row.layer: row for row in pruner.report().filters}["first"])
+    assert rows[0].kept_filters < 10
+    assert rows[1].kept_filters == 10
+
+
+def test_attention_across_two_sequences_stays_dense():
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.attention(x, y, y)[0]
+
+    pruner = ProvableFilterPruner(Cross(), [(examples(2, 3, 8), examples(2, 5, 8))], 0.6)
+    assert set(pruner.layers) == {"attention.out_proj"}
+    assert "different tensors" in pruner.skipped["attention.in_proj_weight"]
+
+
+def test_layers_stored_the_other_way_round_and_in_half_precision():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    conv1d = transformers.pytorch_utils.Conv1D
+    model = nn.Sequential(conv1d(10, 6), nn.ReLU(), conv1d(4, 10)).bfloat16()
+    pruner = ProvableFilterPruner(model, [examples(9, 6).bfloat16()], 0.5, variant="random")
+    masks = pruner.masks()
+    assert masks["0"].shape == (6, 10)
+    assert torch.equal(masks["0"].any(0), masks["2"].any(1))
+    assert model(examples(9, 6).bfloat16()).isfinite().all()
+
+
 # --- training, saving, compiling
 
 
@@ -310,16 +354,14 @@ def test_equal_seeds_draw_alike_and_leave_the_global_generator_alone(mlp):
         return shrunk(mlp, variant="random", seed=seed)[0].state_dict()
 
     one = state(4)
-    before = torch.get_rng_state()
-    torch.rand(3)
-    two, other = state(4), state(5)
-    assert all(torch.equal(two[key], value) for key, value in one.items())
-    assert any(not torch.equal(other[key], value) for key, value in one.items())
-    torch.set_rng_state(before)
     model = mlp()
+    torch.rand(3)
     before = torch.get_rng_state()
-    ProvableFilterPruner(model, [examples(32, 16)], variant="random")
+    ProvableFilterPruner(model, [examples(32, 16)], variant="random", seed=4)
     assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in one.items())
+    other = state(5)
+    assert any(not torch.equal(other[key], value) for key, value in one.items())
 
 
 def test_the_compiler_finds_the_masks(mlp):
@@ -373,6 +415,13 @@ def test_refusals_change_nothing(mlp, snapshot, options, message):
     before.assert_same()
 
 
+def test_infinity_in_a_weight_is_refused(mlp):
+    model = mlp()
+    model[0].weight.data[3, 2] = torch.inf
+    with pytest.raises(SparsifierError, match="layer '0' holds infinity in its weight"):
+        ProvableFilterPruner(model, [examples(8, 16).abs()])
+
+
 def test_no_module_and_no_layer_reached():
     with pytest.raises(SparsifierError, match=r"pass an nn\.Module"):
         ProvableFilterPruner("model", [])
@@ -403,8 +452,18 @@ def test_layers_that_rules_leave_dense_keep_their_filters(mlp):
 # --- accuracy
 
 
+def by_l1_norm(model: nn.Sequential, share: float) -> nn.Sequential:
+    """The same share of every layer's inputs, those with the largest columns."""
+    for layer in model[::2]:
+        size = layer.weight.abs().sum(0)
+        kept = torch.zeros_like(size).index_fill_(0, size.topk(round(share * len(size)))[1], 1)
+        layer.weight.data *= kept
+    return model
+
+
 @pytest.mark.slow
 def test_digits_without_retraining():
+    """A quarter of the weights: the allocation keeps what a uniform share does not."""
     pytest.importorskip("sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -413,8 +472,13 @@ def test_digits_without_retraining():
     parts = train_test_split(x / 16, y, test_size=500, stratify=y, random_state=0)
     x, x_test, y, y_test = (torch.tensor(p) for p in parts)
     x, x_test = x.float(), x_test.float()
-    scores = {0.5: [], 0.25: []}
-    for seed in range(3):
+
+    def accuracy(model: nn.Module) -> float:
+        with torch.no_grad():
+            return 100 * (model(x_test).argmax(1) == y_test).float().mean().item()
+
+    half, quarter, uniform = list[float](), list[float](), list[float]()
+    for seed in range(2):
         torch.manual_seed(seed)
         model = nn.Sequential(
             nn.Linear(64, 304), nn.ReLU(), nn.Linear(304, 104), nn.ReLU(), nn.Linear(104, 10)
@@ -425,11 +489,13 @@ def test_digits_without_retraining():
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
                 optimizer.step()
-        for keep, found in scores.items():
+        for keep, found in ((0.5, half), (0.25, quarter)):
             pruned = copy.deepcopy(model)
-            ProvableFilterPruner(pruned, x.split(64), keep)
-            with torch.no_grad():
-                found.append(100 * (pruned(x_test).argmax(1) == y_test).float().mean().item())
-    means = {keep: sum(found) / 3 for keep, found in scores.items()}
-    assert means[0.5] >= 97
-    assert means[0.25] >= 94
+            pruner = ProvableFilterPruner(pruned, x.split(64), keep)
+            assert keep - 0.01 < pruner.density() <= keep
+            found.append(accuracy(pruned))
+        share = 0.495  # of each layer's inputs: 32 * 150 + 150 * 51 + 51 * 10 weights, 24.9%
+        uniform.append(accuracy(by_l1_norm(model, share)))
+    assert sum(half) / 2 >= 97
+    assert sum(quarter) / 2 >= 94
+    assert sum(uniform) < sum(quarter)
