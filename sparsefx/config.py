@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparsefx import checks
+from sparsefx import checks, config_files
 from sparsefx.errors import ConfigError
 from sparsefx.patterns import NM, Dense, Masked, Pattern, Sampled
 from sparsefx.schedules import RatioSchedule
@@ -255,12 +258,61 @@ class SparseConfig:
             if not isinstance(rules, list | tuple):
                 raise ConfigError(f"SparseConfig: rules={rules!r} must be None or a list of rules")
             made: _Schedules = {}
-            values["rules"] = tuple(_rule_from_dict(rule, made) for rule in rules)
+            with _within("rules"):
+                values["rules"] = tuple(
+                    _rule_from_dict(rule, made, place) for place, rule in enumerate(rules)
+                )
         passes = values.get("passes", ())
         if not isinstance(passes, list | tuple):
             raise ConfigError(f"SparseConfig: passes={passes!r} must be a list of functions")
-        values["passes"] = tuple(_import(p) if isinstance(p, str) else p for p in passes)
+        with _within("passes"):
+            values["passes"] = tuple(_import(p) if isinstance(p, str) else p for p in passes)
         return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> SparseConfig:
+        """Build a config from a YAML or JSON file, which holds what :meth:`from_dict` takes.
+
+        Args:
+            path: it ends in .yaml, .yml or .json. YAML needs the extra ``sparsefx[yaml]``.
+
+        Raises:
+            ConfigError: as :meth:`from_dict` raises it, behind the file's name, the line (YAML)
+                and the path in the file: ``cfg.yaml:4: rules[0].forward.n: NM: n=9 ...``; and for
+                a file that can't be read, with the reason.
+        """
+        document = config_files.read(path)
+        try:
+            return cls.from_dict(document.data)
+        except ConfigError as error:
+            named = _KEY.match(str(error))
+            steps = error.steps if named is None else (*error.steps, named[1] or named[2])
+            raise ConfigError(f"{document.where(steps)}: {error}") from error
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write this config as YAML or JSON; :meth:`from_file` builds an equal one from it.
+
+        Args:
+            path: it ends in .yaml, .yml or .json; a file that is there is replaced.
+
+        Raises:
+            ConfigError: as :meth:`to_dict` raises it, and for a file that can't be written.
+        """
+        config_files.write(path, self.to_dict())
+
+
+# Every refusal names its key so: "NM: n=9 ...", "Rule: unknown key 'forwrad' ...".
+_KEY = re.compile(r"\w+: (?:unknown key '([^']+)'|(\w+)=)")
+
+
+@contextmanager
+def _within(*steps: str | int) -> Iterator[None]:
+    """Note on a refusal where in the plain data the refused value stands."""
+    try:
+        yield
+    except ConfigError as error:
+        error.steps = (*steps, *error.steps)
+        raise
 
 
 def _known_keys(cls: type, data: object) -> dict[str, Any]:
@@ -296,10 +348,15 @@ def _pattern_from_dict(key: str, data: object, made: _Schedules) -> Pattern | No
             f"Rule: {key}={data!r} must be {none}a pattern, or a dict whose 'kind' is one of "
             f"{', '.join(map(repr, _PATTERNS))}"
         )
-    cls = _PATTERNS[kind]
-    values = _known_keys(cls, {k: v for k, v in data.items() if k != "kind"})
+    with _within(key):
+        return _pattern_of(_PATTERNS[kind], {k: v for k, v in data.items() if k != "kind"}, made)
+
+
+def _pattern_of(cls: type[Pattern], data: Mapping[str, Any], made: _Schedules) -> Pattern:
+    values = _known_keys(cls, data)
     if cls is Sampled and isinstance(ratio := values.get("ratio"), Mapping):
-        schedule = _build(RatioSchedule, _known_keys(RatioSchedule, ratio))
+        with _within("ratio"):
+            schedule = _build(RatioSchedule, _known_keys(RatioSchedule, ratio))
         values["ratio"] = made.setdefault(schedule, schedule)
     return _build(cls, values)
 
@@ -309,7 +366,7 @@ def _build(cls: type[_T], values: dict[str, Any]) -> _T:
     missing = [
         f.name
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]  # every caller passes a dataclass
-        if f.default is dataclasses.MISSING and f.name not in values
+        if f.default is dataclasses.MISSING is f.default_factory and f.name not in values
     ]
     if missing:
         raise ConfigError(f"{cls.__name__}: missing key {missing[0]!r} in {values!r}")
@@ -328,15 +385,20 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     }
 
 
-def _rule_from_dict(data: object, made: _Schedules) -> Rule:
+def _rule_from_dict(data: object, made: _Schedules, place: int) -> Rule:
     if isinstance(data, Rule):
         return data
-    values = _known_keys(Rule, data)
+    with _within(place):
+        return _rule_of(_known_keys(Rule, data), made)
+
+
+def _rule_of(values: dict[str, Any], made: _Schedules) -> Rule:
     match = values.get("match")
     if isinstance(match, Mapping):
         if len(match) != 1 or next(iter(match)) not in ("type", "predicate"):
             raise ConfigError(f"Rule: match={match!r} must hold one key, 'type' or 'predicate'")
-        values["match"] = found = _import(next(iter(match.values())))
+        with _within("match"):
+            values["match"] = found = _import(next(iter(match.values())))
         if isinstance(found, type) != ("type" in match):
             kind = "a type" if "type" in match else "a predicate"
             raise ConfigError(f"Rule: match={match!r} is not {kind}")

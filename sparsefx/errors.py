@@ -6,7 +6,13 @@ class SparsefxError(Exception):
 
 
 class ConfigError(SparsefxError, ValueError):
-    """A configuration that makes no sense: the message names key, value and what is allowed."""
+    """A configuration that makes no sense: the message names key, value and what is allowed.
+
+    Attributes:
+        steps: keys and places that lead to the refused value in the plain data of a config.
+    """
+
+    steps: tuple[str | int, ...] = ()
 
 
 class MaskError(SparsefxError, ValueError):
