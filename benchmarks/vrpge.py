@@ -2,11 +2,12 @@
 
     python benchmarks/vrpge.py [--keep .25 .1] [--backend inductor] [--rounds 5] [--json FILE]
 
-Speed-ups are over the dense, compiled step. One step is forward, backward and SGD on 32 x 32 images. "late" is a net whose gates are decided
-(s of 0 or 1, the same share of every stage), "early" one where every gate has the same s and each
-step draws anew. What the gates cost beside it, the structure step (two forward passes) and the
-draw of the next masks, stands in columns of its own: neither is part of a weight step. Before
-anything is timed, the outputs and gradients of the weight step are compared with the masked net's.
+One step is forward, backward and SGD on 32 x 32 images; speed-ups are over the dense step that is
+compiled. "late" is a net whose gates are decided (s of 0 or 1, the same share of every stage),
+"early" one where every gate has the same s and each step draws anew. What the gates cost beside it,
+the structure step (two forward passes) and the draw of the next masks, stands in columns of its
+own: neither is part of a weight step. Before anything is timed, the outputs and gradients of the
+weight step are compared with the masked net's.
 """
 
 from __future__ import annotations

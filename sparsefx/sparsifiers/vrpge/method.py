@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsefx.config import Dense, Rule
 from sparsefx.errors import SparsifierError
 from sparsefx.sparsifiers.base import Layer, Sparsifier, clear_outside, unregister
 from sparsefx.sparsifiers.schedules import Schedule, as_schedule, whole_number
 from sparsefx.sparsifiers.targets import Rules, Target, all_targets, find_targets
 from sparsefx.sparsifiers.unstructured import Unstructured
+from sparsefx.sparsifiers.vrpge.cuts import skeleton_of
 from sparsefx.sparsifiers.vrpge.draws import draw, likely
 from sparsefx.sparsifiers.vrpge.gate import GateState, exchange, put
-from sparsefx.sparsifiers.vrpge.groups import UNITS, Member, costs_of, count_uses, group_units
+from sparsefx.sparsifiers.vrpge.groups import Member, costs_of, count_uses, group_units
 from sparsefx.sparsifiers.vrpge.maths import adam, policy_gradient, project
-from sparsefx.sparsifiers.vrpge.step import CompactStep, skeleton_of
+from sparsefx.sparsifiers.vrpge.options import (
+    Choice,
+    agreed,
+    as_inputs,
+    as_it_was,
+    check_options,
+    exempting,
+    scalar,
+)
+from sparsefx.sparsifiers.vrpge.step import CompactStep
 
 Closure = Callable[[], Tensor]
-BUDGETS = ("count", "flops", "parameters")
-
-
-class Choice(NamedTuple):
-    """What :meth:`VRPGE.choose` found.
-
-    Attributes:
-        loss: of the sub-net that was chosen.
-        losses: of all that were tried, the most probable one first.
-        share: what the chosen one costs, of all units' cost.
-    """
-
-    loss: float
-    losses: tuple[float, ...]
-    share: float
 
 
 class VRPGE(Sparsifier[Unstructured]):
@@ -94,14 +87,14 @@ class VRPGE(Sparsifier[Unstructured]):
         keep_output: bool = True,
     ) -> None:
         """Check the options, group the units, then put gates on them."""
-        _check(model, keep, unit, budget, args)
+        check_options(model, keep, unit, budget, args)
         whole_number("VRPGE", "seed", seed, 0)
         whole_number("VRPGE", "block", block, 1)
         self.keep, self.unit, self.budget = float(keep), unit, budget
         self.lr = as_schedule("VRPGE", "lr", lr)
         self.schedule = as_schedule("VRPGE", "schedule", keep if schedule is None else schedule)
         first = self._keep_at(0)
-        self.inputs = None if args is None else (_sequence(args), dict(kwargs or {}))
+        self.inputs = None if args is None else (as_inputs(args), dict(kwargs or {}))
         pattern = Unstructured(keep, unit if unit in ("head", "block") else "filter")
         targets, _ = find_targets(model, rules, pattern)
         found = group_units(model, targets, unit, block, keep_output, self.inputs)
@@ -116,7 +109,7 @@ class VRPGE(Sparsifier[Unstructured]):
         self.costs = costs_of(self.groups, budget, self.uses).to(device)
         sizes = torch.tensor([group.size for group in self.groups])
         self.group_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(device)
-        super().__init__(model, pattern, _rules(rules, found.exempt), straight_through=False)
+        super().__init__(model, pattern, exempting(rules, found.exempt), straight_through=False)
         self.skipped.update(found.exempt)
         self._gate(pattern, seed, first, device)
 
@@ -308,69 +301,9 @@ class VRPGE(Sparsifier[Unstructured]):
 
     def _losses(self, tried: Tensor, closure: Closure) -> Tensor:
         losses = []
-        with self._as_it_was():
+        with as_it_was(self.model):
             for one in tried:
                 self.state.gates.copy_(one.expand(2, -1))
                 self._show(self.state.gates)
-                losses.append(_scalar(closure()))
-        found = _mean_over_ranks(torch.stack(losses))
-        if not bool(found.isfinite().all()):  # asked of the average, so every rank says the same
-            raise SparsifierError(
-                f"VRPGE: the closure returned {found.tolist()}: training diverged, or a sub-net "
-                "without any unit divides by zero; lower the learning rate or raise keep"
-            )
-        return found
-
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """Put back every buffer, masks included."""
-        saved = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        try:
-            yield
-        finally:
-            for buffer, was in saved:
-                buffer.copy_(was)
-
-
-def _check(model: object, keep: object, unit: str, budget: str, args: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise SparsifierError(f"model is {type(model).__name__}; pass an nn.Module")
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
-        raise SparsifierError(f"VRPGE: keep={keep!r} must be in (0, 1]")
-    for key, value, allowed in (("unit", unit, UNITS), ("budget", budget, BUDGETS)):
-        if value not in allowed:
-            names = ", ".join(map(repr, allowed))
-            raise SparsifierError(f"VRPGE: {key}={value!r} is not one of {names}")
-    if budget == "flops" and args is None:
-        raise SparsifierError("VRPGE: budget='flops' needs args=, example inputs, to count them")
-
-
-def _sequence(args: Tensor | Sequence[Any]) -> tuple[Any, ...]:
-    return (args,) if isinstance(args, Tensor) else tuple(args)
-
-
-def _rules(rules: Rules, exempt: Mapping[str, str]) -> Rules:
-    if not exempt:
-        return rules
-    dense = Rule(_named(exempt), forward=Dense())
-    return [dense, *(["*"] if rules is None else rules)]
-
-
-def _named(names: Mapping[str, str]) -> Callable[[Any], bool]:
-    return lambda target: target.name in names
-
-
-def _scalar(loss: object) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise SparsifierError(f"VRPGE: the closure returned {shape}; return the loss, a scalar")
-    return loss.detach().reshape(())
-
-
-def _mean_over_ranks(losses: Tensor) -> Tensor:
-    """Average, so that every rank moves its gates alike."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        losses = losses.clone()
-        torch.distributed.all_reduce(losses)
-        losses /= torch.distributed.get_world_size()
-    return losses
+                losses.append(scalar(closure()))
+        return agreed(torch.stack(losses))

@@ -7,11 +7,8 @@ What a channel that is off would hold is never computed, in the forward or the b
 
 from __future__ import annotations
 
-import copy
-import math
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,19 +17,13 @@ from torch.func import functional_call
 
 from sparsefx import compat
 from sparsefx.errors import SparsifierError
-from sparsefx.permutation.axes import Dim, settle, size_of
-from sparsefx.permutation.places import places
 from sparsefx.sparsifiers.schedules import whole_number
-from sparsefx.sparsifiers.targets import Target, all_targets
+from sparsefx.sparsifiers.vrpge.cuts import Tensors, Wiring, Written
 from sparsefx.sparsifiers.vrpge.sizes import Programs, Sizes
 from sparsefx.sparsifiers.vrpge.trial import find_whole
 
 if TYPE_CHECKING:
     from sparsefx.sparsifiers.vrpge.method import VRPGE
-
-Tensors = dict[str, Tensor]
-Spots = tuple[tuple[int, Tensor, Tensor], ...]
-Written = list[tuple[str, Tensor, int, Tensor, Tensor]]
 
 
 class Macs(NamedTuple):
@@ -47,42 +38,6 @@ class Macs(NamedTuple):
     dense: int
     live: int
     computed: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Cut:
-    """A dimension of a tensor that has gated channels.
-
-    Attributes:
-        number: which dimension.
-        spots: (group, its gate for each position, those positions), for each place of an axis.
-        size: of the dimension.
-        written: whether channels that are off are to be zero in it.
-        told: (module, attribute) of the code that holds the size as a number.
-    """
-
-    number: int
-    spots: Spots
-    size: int
-    written: bool
-    told: tuple[tuple[nn.Module, str], ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """Where a tensor of the model lives, and how it is cut."""
-
-    name: str
-    holder: dict[str, Tensor | None]
-    key: str
-    cuts: tuple[_Cut, ...]
-    buffer: bool
-
-    @property
-    def tensor(self) -> Tensor:
-        found = self.holder[self.key]
-        assert found is not None
-        return found
 
 
 class CompactStep:
@@ -126,16 +81,14 @@ class CompactStep:
         for group in self.groups:
             self._starts.append(self._starts[-1] + group.size)
         self._run = _run_of(self.skeleton)
-        self._places: dict[int, tuple[Dim, Spots]] = {}  # the dimension is kept for its id
-        self._sources = list(self._find_sources())
-        self._products = list(self._find_products())
+        self.wiring = Wiring(owner, owner.skeleton, owner.known)
         self._modules = [
             (owner.model.get_submodule(name), mine) for name, mine in self.skeleton.named_modules()
         ]
         self.whole = {group.name: group.reason for group in self.groups if group.reason}
         self.whole |= find_whole(self)
         full = tuple(len(group.unit) for group in self.groups)
-        self.programs = Programs(full, buckets, programs, self._cost)
+        self.programs = Programs(full, buckets, programs, self.wiring.cost)
         self.sizes: Sizes = full
         self._compiled: dict[object, Callable[..., Any]] = {}
 
@@ -151,7 +104,7 @@ class CompactStep:
         counts = torch.stack([one.sum() for one in live]).tolist()
         self.sizes = self._choose(counts)
         kept = [pad(one, size) for one, size in zip(live, self.sizes, strict=True)]
-        small, written = self.gather(live, kept, lambda source: source.tensor)
+        small, written = self.wiring.gather(live, kept, lambda source: source.tensor)
         for module, mine in self._modules:
             mine.training = module.training
         out = self._run_program(small, args, kwargs)
@@ -164,42 +117,7 @@ class CompactStep:
         gates = self.owner.state.gates[0 if self.owner.model.training else 1]
         counts = tuple(int(one.sum()) for one in self._live(gates))
         full = tuple(len(group.unit) for group in self.groups)
-        return Macs(*(round(self._cost(sizes)) for sizes in (full, counts, self.sizes)))
-
-    # --- gathering
-
-    def gather(
-        self, live: list[Tensor], kept: list[Tensor], values: Callable[[_Source], Tensor]
-    ) -> tuple[Tensors, Written]:
-        """Return the tensors of the sub-net, and what is to be written back of buffers.
-
-        Args:
-            live: for each group, bool [channels]: whose gates are on.
-            kept: likewise, those that are computed.
-            values: what a source holds.
-        """
-        small: Tensors = {}
-        written: Written = []
-        known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        for source in self._sources:
-            full = part = values(source)
-            for cut in source.cuts:
-                key = tuple(id(spot[1]) for spot in cut.spots)
-                if key not in known:
-                    known[key] = _positions(cut, live, kept)
-                index, on = known[key]
-                for module, attribute in cut.told:
-                    setattr(module, attribute, len(index))
-                if source.buffer or len(index) < cut.size:
-                    part = part.index_select(cut.number, index)
-                if source.buffer:
-                    written.append((source.name, full, cut.number, index, on))
-                elif cut.written:
-                    shape = [1] * part.dim()
-                    shape[cut.number] = len(index)
-                    part = torch.where(on.reshape(shape), part, 0)
-            small[source.name] = part
-        return small, written
+        return Macs(*(round(self.wiring.cost(sizes)) for sizes in (full, counts, self.sizes)))
 
     def _live(self, gates: Tensor) -> list[Tensor]:
         return [
@@ -235,89 +153,12 @@ class CompactStep:
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
             return compiled(small, args, kwargs)
 
-    # --- what is cut where
-
-    def _find_sources(self) -> Iterator[_Source]:
-        known = self.owner.known
-        assert known is not None
-        made_of = {state.name: state.dims for state in known.states.values()}
-        masked = dict(self._masked(made_of))
-        buffers = {name for name, _ in self.skeleton.named_buffers()}
-        for name in (*dict(self.skeleton.named_parameters()), *buffers):
-            holder, key = _holder(self.owner.model, name)
-            gate, cuts = masked.get(name, (-1, ())), []
-            for number, dim in enumerate(made_of.get(name, ())):
-                own = gate[1] if number == gate[0] else self._spots(dim)
-                if own:
-                    told = _told(self.skeleton, name, number)
-                    cuts.append(_Cut(number, own, size_of(dim), number == gate[0], told))
-            if name in buffers and len(cuts) > 1:
-                for group, _, _ in (spot for cut in cuts for spot in cut.spots):
-                    self.groups[group].reason = f"buffer {name!r} holds gated channels twice"
-            yield _Source(name, holder, key, tuple(cuts), name in buffers)
-
-    def _masked(self, made_of: dict[str, list[Dim]]) -> Iterator[tuple[str, tuple[int, Spots]]]:
-        """Name -> the dimension that is gated, and its places."""
-        for i, group in enumerate(self.groups):
-            first = {int(gate): c for c, gate in reversed(list(enumerate(group.unit.tolist())))}
-            for member in (*group.members, *group.beside):
-                target = member.target
-                whole = torch.arange(len(member.unit))
-                local = torch.tensor([first[gate] for gate in member.unit.tolist()])
-                spots: Spots = ((i, local, whole),)
-                name = _plain_name(self.owner.model, target)
-                if group.axis is not None:
-                    spots = self._spots(made_of[name][member.dim])
-                yield name, (member.dim, spots)
-
-    def _spots(self, dim: Dim) -> Spots:
-        dim = settle(dim)
-        if id(dim) not in self._places:  # an axis is one object wherever it occurs
-            numbers = {group.axis: i for i, group in enumerate(self.groups)}
-            found = [place for place in places(dim) if place.axis in numbers]
-            spots = tuple((numbers[one.axis], one.local, one.positions) for one in found)
-            self._places[id(dim)] = dim, spots
-        return self._places[id(dim)][1]
-
-    def _find_products(self) -> Iterator[tuple[int, list[_Cut], tuple[int, ...]]]:
-        sources = {source.name: source for source in self._sources}
-        for target in all_targets(self.owner.model):
-            name = _plain_name(self.owner.model, target)
-            if uses := self.owner.uses.get(target.name, 0):
-                yield uses, list(sources[name].cuts), tuple(target.weight.shape)
-
-    def _cost(self, sizes: Sizes) -> float:
-        """Return the multiply-accumulates of one forward pass with so many channels."""
-        total = 0.0
-        for uses, cuts, shape in self._products:
-            left = [float(size) for size in shape]
-            for cut in cuts:
-                for group, _, positions in cut.spots:
-                    share = 1 - sizes[group] / len(self.groups[group].unit)
-                    left[cut.number] -= share * len(positions)
-            total += uses * math.prod(left)
-        return total
-
-
-# --- helpers
-
 
 def _run_of(skeleton: nn.Module) -> Callable[..., Any]:
     def run(small: Tensors, args: Any, kwargs: Any) -> Any:
         return functional_call(skeleton, small, args, kwargs)
 
     return run
-
-
-def _positions(cut: _Cut, live: list[Tensor], kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return which coordinates are computed, int64 [kept], and whose gates are on, bool [kept]."""
-    device = live[0].device
-    stay, on = torch.ones(2, cut.size, dtype=torch.bool, device=device)
-    for group, local, positions in cut.spots:
-        stay[positions] &= kept[group][local]
-        on[positions] &= live[group][local]
-    index = stay.nonzero().flatten()
-    return index, on[index]
 
 
 def pad(live: Tensor, size: int) -> Tensor:
@@ -331,36 +172,3 @@ def _write_back(small: Tensors, written: Written) -> None:
     for name, full, number, index, on in written:
         part = small[name].index_select(number, on.nonzero().flatten())
         full.index_copy_(number, index[on], part)
-
-
-def skeleton_of(model: nn.Module) -> nn.Module:
-    """Copy a model's modules, without its tensors: both hold the same ones."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
-def _plain_name(model: nn.Module, target: Target) -> str:
-    path = next(name for name, module in model.named_modules() if module is target.module)
-    return f"{path}.{target.tensor_name}".lstrip(".")
-
-
-def _told(skeleton: nn.Module, name: str, number: int) -> tuple[tuple[nn.Module, str], ...]:
-    """Return where code keeps a size that it reads: depthwise groups, Hugging Face's Conv1D."""
-    path, _, key = name.rpartition(".")
-    module = skeleton.get_submodule(path)
-    size = module.get_parameter(key).shape[number] if key == "weight" else 0
-    for attribute, dim in (("groups", 0), ("nf", 1)):
-        if number == dim and size > 1 and getattr(module, attribute, None) == size:
-            return ((module, attribute),)
-    return ()
-
-
-def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return the dict in which a model keeps a tensor, and its key there."""
-    path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    if key in module._buffers:
-        return module._buffers, key
-    if key not in module._parameters:
-        return module.parametrizations[key]._parameters, "original"  # type: ignore[index,union-attr]
-    return module._parameters, key

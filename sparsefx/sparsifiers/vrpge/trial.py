@@ -42,7 +42,7 @@ class Trial:
         assert step.owner.inputs is not None
         self.args, self.kwargs = step.owner.inputs
         generator = torch.Generator().manual_seed(0)
-        self.values = {s.name: _noisy(s.tensor, generator) for s in step._sources}
+        self.values = {s.name: _noisy(s.tensor, generator) for s in step.wiring.sources}
         sizes = [len(group.unit) for group in step.groups]
         device = step.owner.costs.device
         self.live = [
@@ -71,7 +71,7 @@ class Trial:
 
     def _run(self, kept: list[Tensor]) -> list[Tensor]:
         values = {name: value.clone() for name, value in self.values.items()}
-        small, _ = self.step.gather(self.live, kept, lambda source: values[source.name])
+        small, _ = self.step.wiring.gather(self.live, kept, lambda source: values[source.name])
         flags = [(module, module.training) for module in self.step.skeleton.modules()]
         try:
             self.step.skeleton.eval()
