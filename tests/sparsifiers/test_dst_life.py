@@ -86,23 +86,21 @@ def test_squash_leaves_plain_weights(mlp):
     assert dst.squash() is model
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "sparsefx"])
-def test_one_compilation_serves_a_training(mlp, backend):
+def test_one_compilation_serves_a_training(mlp):
     results = []
     for compiled in (False, True):
         model = mlp()
         dst = DST(model, density=0.3, steps=4)
         forward: Any = model
         if compiled:
-            options = {"config": DENSE} if backend == "sparsefx" else None
-            forward = torch.compile(model, backend=backend, fullgraph=True, options=options)
+            options = {"config": DENSE}
+            forward = torch.compile(model, backend="sparsefx", fullgraph=True, options=options)
         with torch._dynamo.config.patch(error_on_recompile=True):
             train(forward, dst, sgd(dst), range(6))
         results.append(model.state_dict())
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value)
-    if backend == "sparsefx":
-        assert str(sfx.explain(forward)).count("stored mask 100%") == 3
+    assert str(sfx.explain(forward)).count("stored mask 100%") == 3
 
 
 # --- the thresholds' optimizer
