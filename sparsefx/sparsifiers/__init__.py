@@ -7,7 +7,7 @@ from sparsefx.sparsifiers.base import Layer, Sparsifier
 from sparsefx.sparsifiers.calibration import Calibration, CalibrationRow
 from sparsefx.sparsifiers.conversion import nm_for_sparsity
 from sparsefx.sparsifiers.dst import DST
-from sparsefx.sparsifiers.evolving import SET, Evolving, Static
+from sparsefx.sparsifiers.evolving import SET, Evolving
 from sparsefx.sparsifiers.least_squares import least_squares
 from sparsefx.sparsifiers.mask import Mask
 from sparsefx.sparsifiers.pfp import FilterReport, FilterRow, ProvableFilterPruner
@@ -17,6 +17,7 @@ from sparsefx.sparsifiers.rigl import RigL
 from sparsefx.sparsifiers.schedules import Constant, Cubic, Linear, Step
 from sparsefx.sparsifiers.sparsegpt import SparseGPT
 from sparsefx.sparsifiers.srste import SRSTE
+from sparsefx.sparsifiers.static import Static
 from sparsefx.sparsifiers.targets import Target, find_targets
 from sparsefx.sparsifiers.thresholds import ThresholdMask, long_tailed
 from sparsefx.sparsifiers.transposable import TransposableNM
