@@ -318,6 +318,17 @@ def test_squash_leaves_a_plain_model_of_zeros():
         compact(rows())
 
 
+def test_squash_refuses_what_lies_on_a_gate():
+    model = mlp3()
+    gates = VRPGE(model, 0.5, args=rows())
+    nn.utils.parametrize.register_parametrization(model[1], "bias", nn.Identity())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SparsifierError, match=r"'1\.bias' carries another parametrization"):
+        gates.squash()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not gates.frozen
+
+
 # --- resume, ranks, the compiler
 
 

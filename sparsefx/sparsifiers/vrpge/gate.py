@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparsefx.errors import SparsifierError
 from sparsefx.sparsifiers.base import Layer
 from sparsefx.sparsifiers.mask import Mask
 from sparsefx.sparsifiers.targets import Target
@@ -70,3 +72,17 @@ def put(target: Target, pattern: Unstructured) -> Layer[Unstructured]:
     mask.train(target.module.training)
     parametrize.register_parametrization(target.module, target.tensor_name, mask, unsafe=True)
     return Layer(target, mask, pattern, order)
+
+
+def check_alone(layers: Mapping[str, Layer[Unstructured]]) -> None:
+    """Refuse parameters that something else was put on, before anything is taken off.
+
+    Raises:
+        SparsifierError: another parametrization lies on a gate.
+    """
+    for name, layer in layers.items():
+        if len(layer.target.parametrizations) != 1:
+            raise SparsifierError(
+                f"{name!r} carries another parametrization on top of its gates: remove that "
+                "before squash()"
+            )

@@ -15,7 +15,7 @@ from sparsefx.sparsifiers.targets import Rules, Target, all_targets, find_target
 from sparsefx.sparsifiers.unstructured import Unstructured
 from sparsefx.sparsifiers.vrpge.cuts import skeleton_of
 from sparsefx.sparsifiers.vrpge.draws import draw, likely
-from sparsefx.sparsifiers.vrpge.gate import GateState, exchange, put
+from sparsefx.sparsifiers.vrpge.gate import GateState, check_alone, exchange, put
 from sparsefx.sparsifiers.vrpge.groups import Member, costs_of, count_uses, group_units
 from sparsefx.sparsifiers.vrpge.maths import adam, policy_gradient, project
 from sparsefx.sparsifiers.vrpge.options import (
@@ -26,6 +26,7 @@ from sparsefx.sparsifiers.vrpge.options import (
     check_options,
     exempting,
     scalar,
+    share_at,
 )
 from sparsefx.sparsifiers.vrpge.step import CompactStep
 
@@ -93,7 +94,7 @@ class VRPGE(Sparsifier[Unstructured]):
         self.keep, self.unit, self.budget = float(keep), unit, budget
         self.lr = as_schedule("VRPGE", "lr", lr)
         self.schedule = as_schedule("VRPGE", "schedule", keep if schedule is None else schedule)
-        first = self._keep_at(0)
+        first = share_at(self.schedule, 0)
         self.inputs = None if args is None else (as_inputs(args), dict(kwargs or {}))
         pattern = Unstructured(keep, unit if unit in ("head", "block") else "filter")
         targets, _ = find_targets(model, rules, pattern)
@@ -257,31 +258,17 @@ class VRPGE(Sparsifier[Unstructured]):
         """
         if self._squashed:
             return self.model
-        self._check_alone()
+        check_alone(self.layers | self.beside)
         self.freeze()
         for layer in reversed(self.beside.values()):  # the last came last, so orders come back
             clear_outside(layer)
             unregister(self.model, layer)
         return super().squash()
 
-    def _check_alone(self) -> None:
-        for name, layer in (self.layers | self.beside).items():
-            if len(layer.target.parametrizations) != 1:
-                raise SparsifierError(
-                    f"{name!r} carries another parametrization on top of its gates: remove that "
-                    "before squash()"
-                )
-
     # --- inside
 
-    def _keep_at(self, step: int) -> float:
-        share = self.schedule(step)
-        if not 0 < share <= 1:
-            raise SparsifierError(f"VRPGE: schedule({step}) is {share!r}; it must be in (0, 1]")
-        return float(share)
-
     def _limit(self, step: int) -> Tensor:
-        return self._keep_at(step) * self.costs.sum()
+        return share_at(self.schedule, step) * self.costs.sum()
 
     def _refresh(self, step: int = 0) -> None:
         """Draw the gates of a step, and note the most probable ones."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsefx.config import Dense, Rule
 from sparsefx.errors import SparsifierError
+from sparsefx.sparsifiers.schedules import Schedule
 from sparsefx.sparsifiers.targets import Rules
 from sparsefx.sparsifiers.vrpge.groups import UNITS
 
@@ -60,6 +61,18 @@ def exempting(rules: Rules, exempt: Mapping[str, str]) -> Rules:
 
 def _named(names: Mapping[str, str]) -> Callable[[Any], bool]:
     return lambda target: target.name in names
+
+
+def share_at(schedule: Schedule, step: int) -> float:
+    """Return the share of the budget at a step.
+
+    Raises:
+        SparsifierError: it is outside (0, 1].
+    """
+    share = schedule(step)
+    if not 0 < share <= 1:
+        raise SparsifierError(f"VRPGE: schedule({step}) is {share!r}; it must be in (0, 1]")
+    return float(share)
 
 
 def scalar(loss: object) -> Tensor:
