@@ -185,23 +185,60 @@ def test_variants_of_a_set():
 # --- the whole
 
 
-@pytest.mark.parametrize("variant", ["deterministic", "random"])
-def test_filters_and_vectors_that_nobody_reads_are_zero_and_change_nothing(variant):
-    model, x = Residual().eval(), examples(16, 3, 6, 6)
+class Branches(nn.Module):
+    """Concatenation, a gate by channel, halves of one layer, attention by hand, other readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 3, padding=1)
+        self.squeeze, self.excite = nn.Linear(11, 4), nn.Linear(4, 11)
+        self.norm, self.mix = nn.BatchNorm2d(11), nn.Conv2d(11, 8, 1)
+        self.halves, self.down = nn.Linear(8, 24), nn.Linear(12, 8)
+        self.query, self.key, self.value = (nn.Linear(8, 6) for _ in range(3))
+        self.out, self.slope, self.spread = nn.Linear(6, 7), nn.PReLU(7), nn.Linear(7, 5)
+        self.wider, self.last = nn.ConvTranspose1d(5, 6, 2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.left(x).relu()
+        h = torch.cat([h, self.right(h).relu()], 1)
+        h = h * self.excite(self.squeeze(h.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+        h = self.mix(self.norm(h)).flatten(2).mT
+        one, two = self.halves(h).chunk(2, -1)
+        h = self.down(one * two.sigmoid())
+        h = (self.query(h) @ self.key(h).mT).softmax(-1) @ self.value(h)
+        h = self.spread(self.slope(self.out(h).mT).mT)
+        return self.last(self.wider(h.mT).relu().mT), h.amax(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "variant"), [(Residual, "deterministic"), (Residual, "random"), (Branches, "hybrid")]
+)
+def test_filters_and_vectors_that_nobody_reads_are_zero_and_change_nothing(make, variant):
+    """Filters that were dropped, with any values and biases, make the same outputs."""
+    model, x = make().eval(), examples(16, 3, 6, 6)
     with torch.no_grad():
         pruner = ProvableFilterPruner(model, [x], 0.4, variant=variant, seed=3)
+        assert variant == "random" or 0.2 < pruner.density() <= 0.4
         pruned = model(x)
-        for layer in pruner.layers.values():  # whole columns again, filters of any value
-            columns = layer.mask.mask.any(0, keepdim=True)
-            if layer.target.groups == 1:
-                layer.mask.mask.copy_(columns.expand_as(layer.mask.mask))
+        for layer in pruner.layers.values():
+            by_group = layer.mask.mask.unflatten(0, (layer.target.groups, -1))
+            columns = by_group.any(1, keepdim=True).expand_as(by_group).flatten(0, 1)
+            dead = ~layer.mask.mask.flatten(1).any(1)
+            dropped = (columns.movedim(0, -1) & dead).movedim(-1, 0)
+            layer.mask.mask.copy_(columns)
+            layer.weight[dropped] = 5.0
         for name, gone in pruner.gone.items():
             model.get_parameter(name)[gone] = 3.0
-        torch.testing.assert_close(model(x), pruned)
-    dead = {name: int(gone.sum()) for name, gone in pruner.gone.items()}
-    assert dead["norm1.weight"] == dead["norm1.bias"] > 0
-    assert dead["mid.bias"] > 0
-    assert not {"wide.bias", "scale.weight", "head.bias"} & dead.keys()  # a norm sums, an output
+        for got, wanted in zip(model(x), pruned, strict=True):
+            torch.testing.assert_close(got, wanted)
+    dead = {name for name, gone in pruner.gone.items() if gone.any()}
+    if make is Residual:
+        assert {"norm1.weight", "norm1.bias", "mid.bias"} <= dead
+        assert not {"wide.bias", "scale.weight", "head.bias"} & pruner.gone.keys()
+    else:
+        assert {"right.bias", "norm.weight", "slope.weight", "out.bias", "down.bias"} <= dead
+        assert not {"query.bias", "key.bias", "spread.bias", "wider.bias"} & dead
 
 
 def test_a_channel_goes_from_everything_that_writes_or_reads_it():
