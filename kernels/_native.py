@@ -68,49 +68,57 @@ def threads(elements: int) -> int:
 # --- C++ in the dispatcher
 
 
-def handed_over(source: Path, op: Any, *args: Any) -> Any:
+def declare(library: ctypes.CDLL) -> None:
+    """Give the functions of dispatch.h their argument types."""
+    library.sparsefx_enter.argtypes = [ctypes.c_char_p]
+    library.sparsefx_refused.argtypes = [ctypes.c_int, ctypes.c_char_p]
+    library.sparsefx_refused.restype = None
+
+
+def handed_over(
+    source: Path,
+    op: Any,
+    *args: Any,
+    types: Callable[[ctypes.CDLL], None] = declare,
+    left: Callable[..., Any] | None = None,
+) -> Any:
     """Let C++ take an op's calls on CPU from now on, and call it; the reference without a compiler.
 
     Args:
         source: the C++ file, whose ``sparsefx_enter`` registers the op's kernel.
         op: the overload that was called.
         args: with what.
+        types: gives the library's functions their argument types, those of this module as well.
+        left: what serves the calls that C++ declines; None is the op's reference.
 
     Raises:
         KernelError: the dispatcher refuses the kernel.
     """
-    return op(*args) if _enter(source, op) else REFERENCES[op](*args)
-
-
-def _enter(source: Path, op: Any) -> bool:
     with _entering:  # of two first calls one finds the op entered
-        found = library(source, _declare)
-        if found is None or op in _entered:
-            return found is not None
-        _offer_reference(op, found)
-        name = op._schema.name.partition("::")[2]
-        _entered[op] = torch.library.get_kernel(op, "CPU")
-        kernels.release(name, "CPU")
-        if found.sparsefx_enter(name.encode()):
-            raise KernelError(
-                f"torch {torch.__version__} refuses the CPU kernel of {op.name()}, which "
-                f"{source.name} registers; from now on its reference runs"
-            )
-    return True
+        found = library(source, types)
+        if found is not None and op not in _entered:
+            _enter(source, op, found, left or (lambda *rest: REFERENCES[op](*rest)))
+    return REFERENCES[op](*args) if found is None else op(*args)
 
 
-def _declare(library: ctypes.CDLL) -> None:
-    library.sparsefx_enter.argtypes = [ctypes.c_char_p]
-    library.sparsefx_refused.argtypes = [ctypes.c_int, ctypes.c_char_p]
-    library.sparsefx_refused.restype = None
+def _enter(source: Path, op: Any, found: ctypes.CDLL, left: Callable[..., Any]) -> None:
+    _offer(op, found, left)
+    _entered[op] = torch.library.get_kernel(op, "CPU")
+    name = op._schema.name.partition("::")[2]
+    kernels.release(name, "CPU")
+    if found.sparsefx_enter(name.encode()):
+        raise KernelError(
+            f"torch {torch.__version__} refuses the CPU kernel of {op.name()}, which "
+            f"{source.name} registers; from now on its reference runs"
+        )
 
 
-def _offer_reference(op: Any, library: ctypes.CDLL) -> None:
+def _offer(op: Any, library: ctypes.CDLL, left: Callable[..., Any]) -> None:
     """Define what C++ calls for what it doesn't serve; it is told of errors, and raises them."""
 
     def run(*args: Any) -> Any:
         try:
-            return REFERENCES[op](*args)
+            return left(*args)
         except BaseException as error:  # raised by C++, since the stable ABI would lose what it is
             kinds = [place for place, one in enumerate(_REFUSALS, 1) if isinstance(error, one)]
             said = str(error) if kinds else f"{type(error).__name__}: {error}"

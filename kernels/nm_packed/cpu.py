@@ -42,6 +42,7 @@ def _declare(library: ctypes.CDLL) -> None:
             number,
         ]
         pack.restype = None
+    _native.declare(library)
     for bits in (16, 32, 64):
         unpack = getattr(library, f"sparsefx_nm_unpack_{bits}")
         unpack.argtypes = [*weight, address, number]
@@ -52,6 +53,18 @@ def nm_packed_mm(
     x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, n: int, m: int
 ) -> Tensor:
     """x[M, K] @ unpacked.T + bias -> [M, R], of values [R, K/m*n] and their codes.
+
+    The first call; then C++ serves few rows itself, and leaves the rest to :func:`multiply`.
+    """
+    op, args = nm_packed_mm_op, (x, values, codes, bias, n, m)
+    found = _native.handed_over(_SOURCE, op, *args, types=_declare, left=multiply)
+    return found  # type: ignore[no-any-return]
+
+
+def multiply(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, n: int, m: int
+) -> Tensor:
+    """The same, of any number of rows.
 
     float32 and bfloat16 run here where K is what the packed weight says; the rest is declined.
     """

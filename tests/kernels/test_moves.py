@@ -23,7 +23,7 @@ sides = st.integers(1, 40)
 @pytest.fixture(autouse=True)
 def kernels_are_built():
     kernels.register()
-    assert _native.library(cpu._SOURCE, _native._declare) is not None
+    assert _native.library(cpu._SOURCE, _native.declare) is not None
 
 
 def drawn(size, k):

@@ -59,8 +59,13 @@ def unpacked(values, codes, n, m, depth):
 
 
 def check(x, values, codes, bias, n, m):
+    """Of the op, and of the launcher that C++ leaves some calls to."""
+    for call in (ops.nm_packed_mm, cpu.multiply):
+        check_found(call(x, values, codes, bias, n, m), x, values, codes, bias, n, m)
+
+
+def check_found(found, x, values, codes, bias, n, m):
     """Against the float64 twin, element by element."""
-    found = ops.nm_packed_mm(x, values, codes, bias, n, m)
     w = unpacked(values, codes, n, m, x.shape[1]).double()
     wide = torch.nn.functional.linear(x.double(), w, None if bias is None else bias.double())
     size = x.double().abs() @ w.abs().t() + (0 if bias is None else bias.double().abs())
@@ -203,15 +208,40 @@ def test_sizes_that_contradict_each_other_are_the_reference_s_to_refuse():
         ops.nm_unpack(values, codes, 2, 4, 20)
 
 
+def test_few_rows_pass_through_no_python(monkeypatch):
+    """As few as are streamed; the rest, and what isn't contiguous, reaches the launcher."""
+    values, codes = packed(5, 8, 2, 4, torch.float32)
+    x, bias = torch.randn(33, 32), torch.randn(5)
+    ops.nm_packed_mm(x[:1], values, codes, bias, 2, 4)
+    assert ("nm_packed_mm", "CPU") not in kernels._libraries
+    calls, launch = [], _native.library
+    monkeypatch.setattr(_native, "library", lambda *args: calls.append(args) or launch(*args))
+    for rows in (1, 32):
+        assert ops.nm_packed_mm(x[:rows], values, codes, None, 2, 4).shape == (rows, 5)
+        ops.nm_packed_mm(x[:rows].bfloat16(), values.bfloat16(), codes, bias.bfloat16(), 2, 4)
+    assert not calls
+    for args in (
+        (x, values, codes, bias),
+        (x.t().contiguous().t()[:2], values, codes, bias),
+        (x[:2], values, codes, torch.randn(10)[::2]),
+        (x[:2].double(), values.double(), codes, None),
+        (x[:0], values, codes, None),
+    ):
+        assert ops.nm_packed_mm(*args, 2, 4).shape == (args[0].shape[0], 5)
+    assert len(calls) == 5
+
+
 def test_without_a_compiler_the_reference_serves_after_one_warning(monkeypatch):
     def refuse(source):
         raise KernelError("C++ can't be built here: no compiler")
 
+    values, codes = packed(5, 6, 2, 4, torch.float32)
     monkeypatch.setattr(_native, "build_cpp", refuse)
     monkeypatch.setattr(_native, "_built", {})
-    values, codes = packed(5, 6, 2, 4, torch.float32)
     said = "CPU kernels of nm_packed run as torch operators.*: C[+][+] can't be built here"
     with pytest.warns(SparsefxWarning, match=said):
         found = ops.nm_unpack(values, codes, 2, 4, 24)
     assert torch.equal(found, unpacked(values, codes, 2, 4, 24))
-    check(torch.randn(3, 24), values, codes, torch.randn(5), 2, 4)  # and no second warning
+    x = torch.randn(3, 24)
+    for call in (cpu.nm_packed_mm, cpu.multiply):  # and no second warning
+        check_found(call(x, values, codes, None, 2, 4), x, values, codes, None, 2, 4)
