@@ -116,6 +116,20 @@ def test_generate_packed(root: Path):
     assert [row[-4:] for row in rows[1:]] == [["first", "6", "of", "6"]] * 2  # tokens agree
 
 
+def test_compare_methods(root: Path, tmp_path: Path):
+    picture = tmp_path / "methods.png"
+    quick = ("--quick", "--only", "dense", "sampled", "--plot", str(picture))
+    said = run(root, "compare_methods.py", *quick)
+    rows = [line.split() for line in said.splitlines() if "±" in line]
+    dense, sampled = (row[row.index("±") - 1 :] for row in rows)
+    assert float(dense[0]) > 85  # a short run
+    assert float(sampled[0]) > 80
+    assert dense[4:9] == ["3.34", "2.09", "3.34", "8.76", "3.34"]  # three products, kept, serving
+    assert sampled[4:9] == ["1.67", "1.04", "1.67", "4.38", "3.34"]
+    assert "A short run: accuracy is not judged." in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_quickstart(root: Path):
     # without Inductor, which takes minutes to compile eight graphs: `make demo` runs it with

@@ -107,15 +107,13 @@ class TangentReport:
             kernels.append(first)
         title = f"the network against regression with its kernels, {self.samples} samples"
         rows = [(r.parameter, r.active, r.size, r.share) for r in self.rows]
+        heads = ("parameter", "active", "of", "share of the trace")
         facts = {"|y - f| / |y|": self.residual, "stationarity": self.stationarity}
         facts |= {"drift of the kernel": self.drift}
-        return "\n\n".join(
-            [
-                printing.table(("kernel", "rank", "|f - K K^+ y| / |f|"), kernels, title),
-                "\n".join(f"{k}: {printing.number(v)}" for k, v in facts.items() if v is not None),
-                printing.table(("parameter", "active", "of", "share of the trace"), rows, ""),
-            ]
-        )
+        lines = [f"{name}: {printing.number(v)}" for name, v in facts.items() if v is not None]
+        parts = [printing.table(("kernel", "rank", "|f - K K^+ y| / |f|"), kernels, title)]
+        parts += ["\n".join(lines)] * bool(lines)
+        return "\n\n".join([*parts, printing.table(heads, rows, "the final kernel's features")])
 
 
 def tangent_report(

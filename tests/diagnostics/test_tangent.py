@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import re
+import runpy
 
 import pytest
 import torch
@@ -321,6 +323,21 @@ class Root(nn.Module):
 
     def forward(self, x):
         return (x * 0).abs().sqrt()
+
+
+def test_the_example_says_what_it_promises(root, monkeypatch, capsys):
+    """Run here and not in a process of its own, whose imports would take longer than it does."""
+    example = str(root / "examples" / "06_tangent_kernels.py")
+    monkeypatch.setattr("sys.argv", [example, "--steps", "30"])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(example, run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert said.count("final K_T") == 2
+    assert re.search(r"0\.weight +32 +64 ", said)
+    assert "drift of the dense and the 2:4 network's kernels from each other: " in said
 
 
 def test_it_is_public():
