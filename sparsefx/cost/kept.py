@@ -1,8 +1,8 @@
 """Products that read what a mask keeps and nothing else: where one runs, and what it takes.
 
 A CPU compresses the weight at every call, so this pays where little is kept: measured with
-benchmarks/packed.py, see kernels/masked_mm/README.md. On CUDA the kernel leaves out empty tiles, which
-there are hardly any of where much is kept; the same share is taken there, and is not measured.
+benchmarks/packed.py, see kernels/masked_mm/README.md. On CUDA the kernel leaves out empty tiles,
+which there are hardly any of where much is kept; the same share is taken there, unmeasured.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from sparsefx.ops import is_sparse_op
 EAGER = {"codegen": "aot_eager", "keep_output_dense": False}
 PASSES = [
     "captured", "canonicalize", "find_sites", "recognize_masks", "select_sites", "rewrite_nm",
-    "rewrite_masked", "rewrite_sampled", "pack_frozen", "share_masks", "lower_vendor", "cleanup", "sum_rows",
-    "fuse_epilogues", "inline_references",
+    "rewrite_masked", "rewrite_sampled", "pack_frozen", "share_masks", "lower_vendor", "cleanup",
+    "sum_rows", "fuse_epilogues", "inline_references",
 ]  # fmt: skip
 
 
