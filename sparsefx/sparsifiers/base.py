@@ -213,7 +213,7 @@ class Sparsifier(Generic[P]):
         for handles in (self._model_handles, *self._handles.values()):
             for handle in handles:
                 handle.remove()
-        for layer in self.layers.values():
+        for layer in reversed(self.layers.values()):  # the first one knows its module's whole order
             clear_outside(layer)
             unregister(self.model, layer)
         self._squashed = True

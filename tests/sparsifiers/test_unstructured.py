@@ -81,3 +81,13 @@ def test_three_numbers_hold_a_pattern(pattern):
 def test_what_is_no_pattern(arguments, message):
     with pytest.raises(ConfigError, match=message):
         Unstructured(*arguments)
+
+
+def test_a_squash_brings_several_weights_of_a_module_back_in_their_order():
+    model = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+    names = list(model._parameters)
+    targets = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    masks = {name: torch.rand(getattr(model, name).shape) < 0.5 for name in targets}
+    masks["out_proj"] = torch.rand(8, 8) < 0.5
+    Sparsifier(model, Unstructured(0.5), masks=masks).squash()
+    assert list(model._parameters) == names
