@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import operator
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def _take_off(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(held, parametrize.ParametrizationList) and isinstance(held[0], Mask):
             name = plain(f"{path}.original")
             masks[name] = held[0](torch.ones_like(held.original)) != 0  # that of evaluation
-            held.original.copy_(held[0](held.original))  # type: ignore[operator]
+            held.original.copy_(held[0](held.original))
             held[0] = nn.Identity()
     return masks
 
@@ -166,7 +167,7 @@ def features(net: Network, x: Any, output: int | str | None, samples: int) -> tu
         DiagnosticsError: when outputs or derivatives aren't finite.
     """
 
-    def single(weights: Mapping[str, Tensor], inputs: Any) -> Tensor:
+    def single(weights: dict[str, Tensor], inputs: Any) -> Tensor:
         batch = compat.map_leaves(lambda t: t.unsqueeze(0), inputs)
         out = call(lambda *a, **k: torch.func.functional_call(net.model, weights, a, k), batch)
         return one_number(out, output, 1, "the output")[0]
@@ -176,7 +177,7 @@ def features(net: Network, x: Any, output: int | str | None, samples: int) -> tu
     chunk = max(1, CHUNK // max(1, sizes))
     rows, values = [], []
     for start in range(0, samples, chunk):
-        part = compat.map_leaves(lambda t, at=start: t[at : at + chunk], x)
+        part = compat.map_leaves(operator.itemgetter(slice(start, start + chunk)), x)
         with _plain_attention():
             grads, out = each(dict(net.weights), part)
         rows.append(torch.cat([_active(net, name, g) for name, g in grads.items()], 1))

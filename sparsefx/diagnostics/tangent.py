@@ -166,11 +166,11 @@ def tangent_report(
         rows=_rows(final, jacobian),
         samples=samples,
         rank=now.rank,
-        initial_rank=then and then.rank,
+        initial_rank=None if then is None else then.rank,
         **_compared(f, wanted, jacobian, now, then),
-        drift=then and drift(now.kernel, then.kernel),
+        drift=None if then is None else drift(now.kernel, then.kernel),
         kernel=now.kernel,
-        initial_kernel=then and then.kernel,
+        initial_kernel=None if then is None else then.kernel,
     )
 
 
@@ -193,7 +193,7 @@ def _compared(
 
 def _rows(net: Network, jacobian: Tensor) -> tuple[TangentRow, ...]:
     active = net.active
-    parts = jacobian.square().sum(0).split(list(active.values()))
+    parts = torch.split(jacobian.square().sum(0), list(active.values()))
     total = sum(float(part.sum()) for part in parts) or 1.0
     return tuple(
         TangentRow(plain(name), active[name], w.numel(), float(part.sum()) / total)
@@ -252,7 +252,7 @@ def _start(model: Any, initial: Any) -> nn.Module:
         raise DiagnosticsError(
             f"initial is {type(initial).__name__}: pass a module or a state_dict"
         )
-    copied = copy.deepcopy(getattr(model, "_orig_mod", model))
+    copied: nn.Module = copy.deepcopy(getattr(model, "_orig_mod", model))
     try:
         copied.load_state_dict(initial)
     except RuntimeError as error:
