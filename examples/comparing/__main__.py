@@ -1,13 +1,23 @@
 """Train what was asked for, print the table, draw."""
 
 import argparse
+import multiprocessing
 import time
 
-import torch
-from methods import METHODS
+from methods import METHODS, train
 from rich.console import Console
 from showing import Found, draw, table
-from task import Task
+from task import Run
+
+Job = tuple[str, int, int, str]
+
+
+def trained(jobs: list[Job], processes: int) -> list[Run]:
+    """Run trainings, several at a time where there are several processes."""
+    if processes == 1 or len(jobs) == 1:
+        return [train(*job) for job in jobs]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return pool.starmap(train, jobs, chunksize=1)
 
 
 def main() -> None:
@@ -18,18 +28,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--codegen", choices=("inductor", "aot_eager"), default="aot_eager")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one core each")
     parser.add_argument("--plot", help="file for the picture, .png, .svg or .pdf")
     args = parser.parse_args()
     if args.quick:
-        args.epochs, args.seeds = 4, 1
-    torch.set_num_threads(1)
-    found = []
-    for name in args.only:
-        began = time.perf_counter()
-        method = METHODS[name]
-        runs = [method.train(Task(seed, args.epochs, args.codegen)) for seed in range(args.seeds)]
-        found.append(Found(method, runs))
-        print(f"{method.title}: {time.perf_counter() - began:.0f} s", flush=True)
+        args.epochs, args.seeds, args.jobs = 4, 1, 1
+    began, seeds = time.perf_counter(), range(args.seeds)
+    jobs = [(name, seed, args.epochs, args.codegen) for name in args.only for seed in seeds]
+    runs = trained(jobs, args.jobs)
+    found = [
+        Found(METHODS[name], runs[i * args.seeds : (i + 1) * args.seeds])
+        for i, name in enumerate(args.only)
+    ]
+    print(f"{len(runs)} trainings in {time.perf_counter() - began:.0f} s")
     console = Console()
     console = Console(width=max(console.width, 160))
     console.print(table(found, judged=args.epochs >= 40))
