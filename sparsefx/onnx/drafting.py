@@ -67,7 +67,7 @@ def draft(
     stored = {tensor.name: from_proto(tensor) for tensor in proto.graph.initializer}
     entries, missing = names.find_parameters(names.state_of(model), stored)
     names.write(proto, entries)
-    held = {entry["parameter"]: entry["tensor"] for entry in entries}
+    held = {entry["parameter"]: entry["tensor"] for entry in entries if "tensor" in entry}
     products = [
         replace(product, parameter=renamed.get(product.parameter, product.parameter))
         for product in products

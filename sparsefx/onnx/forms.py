@@ -118,9 +118,7 @@ def _smallest(name: str, w: Tensor, allowed: Container[str]) -> Choice:
     best = min(rows, key=lambda c: c.bytes + overhead[c.form], default=None)
     if best is not None and best.bytes + overhead[best.form] < dense:
         return best
-    if best is None:
-        return _dense(name, w, f"density {density(w):.3g}: no other form is smaller")
-    return _dense(name, w, f"{best.form} would save {dense - best.bytes} bytes, less than it adds")
+    return _dense(name, w, f"density {density(w):.3g}: no other form is smaller")
 
 
 def _refuse_larger(found: Sequence[Choice]) -> None:

@@ -1,7 +1,12 @@
-"""Which tensor of the file holds which entry of the model's state_dict."""
+"""Which tensor of the file holds which entry of the model's state_dict.
+
+What the exporter merged with something else, or the graph doesn't read, lies in the metadata where
+it is small: its folding leaves nothing larger than a few thousand bytes without a tensor.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -13,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 METADATA_KEY = "sparsefx.parameters"
+_SMALL = 16384  # bytes
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -46,9 +52,9 @@ def find_parameters(
         stored: the file's initializers by name.
 
     Returns:
-        One object per entry that was found (``parameter``, ``tensor``, ``transposed``), and the
-        names of the floating entries that were not: the graph doesn't read them, or the exporter
-        merged them with something else.
+        One object per entry: ``parameter``, ``tensor`` and ``transposed`` where an initializer
+        holds it; ``parameter``, ``dtype``, ``shape`` and ``data`` (base64, "" for zeros) where it
+        is small or zero. And the names of all others.
     """
     by_value: dict[str, tuple[str, bool]] = {}
     for name, tensor in stored.items():
@@ -88,8 +94,10 @@ def _with_masked(
                 entries.append(_entry(parameter, name, not fits[0]))
                 break
         else:
-            if held.is_floating_point():
+            if held.any() and held.numel() * held.element_size() > _SMALL:
                 missing.append(parameter)
+            else:
+                entries.append(_beside(parameter, held))
     return entries, tuple(missing)
 
 
@@ -105,10 +113,32 @@ def _entry(parameter: str, name: str, transposed: bool) -> dict[str, Any]:
     return {"parameter": parameter, "tensor": name, "transposed": transposed}
 
 
+def _beside(parameter: str, tensor: Tensor) -> dict[str, Any]:
+    data = _content(tensor) if tensor.any() else b""
+    return {
+        "parameter": parameter,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "data": base64.b64encode(data).decode(),
+    }
+
+
+def from_entry(entry: Mapping[str, Any]) -> Tensor:
+    """Return the tensor of an entry that no initializer holds."""
+    dtype: torch.dtype = getattr(torch, entry["dtype"])
+    data = bytearray(base64.b64decode(entry["data"]))
+    if not data:
+        return torch.zeros(entry["shape"], dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
+
+
+def _content(tensor: Tensor) -> bytes:
+    held = tensor.contiguous().reshape(-1)
+    return held.view(torch.uint8).numpy().tobytes() if held.numel() else b""
+
+
 def _digest(tensor: Tensor) -> str:
-    held = tensor.contiguous()
-    content = held.reshape(-1).view(torch.uint8).numpy().tobytes() if held.numel() else b""
-    return f"{held.dtype} {tuple(held.shape)} {hashlib.sha256(content).hexdigest()}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(_content(tensor)).hexdigest()}"
 
 
 def write(model: Any, entries: list[dict[str, Any]]) -> None:

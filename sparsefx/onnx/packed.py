@@ -89,7 +89,7 @@ def find_groups(w: Tensor) -> Groups | None:
         for m in _GROUPS:
             if w.shape[dim] % m:
                 continue
-            count = nonzero.unflatten(-1, (-1, m)).sum(-1).max()
+            count = nonzero.reshape(*nonzero.shape[:-1], -1, m).sum(-1).max()
             n = max(int(count), 1)
             size = _bytes(w, n, m, dim)
             if n < m and size < (best.bytes if best else w.numel() * w.element_size()):
@@ -127,7 +127,7 @@ def unpack(node: Any, initializers: dict[str, Any]) -> Tensor:
 
     facts = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     values, codes = (from_proto(initializers[name]) for name in node.input)
-    dense = ops.nm_unpack(values, codes, facts["n"], facts["m"], facts["matrix"][1])
+    dense: Tensor = ops.nm_unpack(values, codes, facts["n"], facts["m"], facts["matrix"][1])
     return dense.reshape(facts["shape"]).permute(facts["perm"]).contiguous()
 
 

@@ -22,8 +22,9 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Returns:
         Dense tensors on the CPU under the model's own names, in their shapes and dtypes: what
         ``model.load_state_dict`` takes, once masks and parametrizations are baked in. Weights are
-        those that act, so with zeros where a mask was. Not there is what the inference graph
-        doesn't read, such as a batch norm's counter, and what ``ExportReport.missing`` names.
+        those that act, so with zeros where a mask was. Not there is what
+        ``ExportReport.missing`` names: tensors of more than 16 kB that the exporter merged with
+        others, or that the inference graph doesn't read.
 
     Raises:
         ExportError: when there is no such file, it is no ONNX file, export_onnx didn't write it,
@@ -39,6 +40,9 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     stored = stored_tensors(model)
     state = {}
     for entry in entries:
+        if "tensor" not in entry:
+            state[entry["parameter"]] = names.from_entry(entry)
+            continue
         if entry["tensor"] not in stored:
             raise ExportError(
                 f"{str(path)!r} lacks tensor {entry['tensor']!r} of parameter "
@@ -56,7 +60,7 @@ def open_file(path: str | os.PathLike[str]) -> Any:
         ExportError: when it can't be read.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not Path(path).is_file():
         raise ExportError(f"path={str(path)!r}: there is no such file")

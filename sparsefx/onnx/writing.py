@@ -134,7 +134,7 @@ def dense_size(model: Any) -> int:
         else:
             _put(rest, field, value)
     # a ModelProto of more than 2 GiB can't be measured as a whole
-    return int(rest.ByteSize()) + sum(proto.ByteSize() for proto in model.graph.initializer)
+    return int(rest.ByteSize() + sum(proto.ByteSize() for proto in model.graph.initializer))
 
 
 def _put(message: Any, field: Any, value: Any) -> None:
@@ -155,7 +155,7 @@ def save(model: Any, file: Path, external: bool) -> None:
         ExportError: when the file would have more than 2 GiB, or can't be written.
     """
     import onnx
-    from google.protobuf.message import EncodeError
+    from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
     try:
         if external:
