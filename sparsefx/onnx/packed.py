@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparsefx import ops
 from sparsefx.onnx.tensors import DOMAIN, code_of, from_proto, to_proto
-from sparsefx.ops.packed import code_bits, code_bytes
+from sparsefx.ops.packed import code_bits, code_bytes, places_of
 
 NAME = "NMUnpack"
 _GROUPS = (2, 4, 8, 16, 32)  # the m that are tried
@@ -109,7 +109,7 @@ def pack(name: str, w: Tensor, groups: Groups) -> tuple[list[Any], Any]:
 
     n, m, dim = groups.n, groups.m, groups.dim
     moved = w.movedim(dim, -1)
-    values, codes = ops.nm_pack(moved.reshape(-1, w.shape[dim]).contiguous(), n, m)
+    values, codes = _packed(moved.reshape(-1, w.shape[dim]), n, m)
     bits = code_bits(m)
     order = [axis for axis in range(w.dim()) if axis != dim] + [dim]
     node = onnx.helper.make_node(
@@ -121,13 +121,29 @@ def pack(name: str, w: Tensor, groups: Groups) -> tuple[list[Any], Any]:
     return [to_proto(f"{name}.values", values), to_proto(f"{name}.codes", codes)], node
 
 
+def _packed(w: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """What ``ops.nm_pack`` gives for ``w`` [R, K], but no kernel is compiled to write a file."""
+    rows, depth = w.shape
+    groups = w.reshape(rows, -1, m)
+    first = torch.sort((groups == 0).to(torch.uint8), dim=-1, stable=True).indices[..., :n]
+    places = torch.sort(first, dim=-1).values  # nonzeros and, of fewer than n, the first zeros
+    values = torch.gather(groups, 2, places).reshape(rows, depth // m * n)
+    bits, kept = code_bits(m), places.reshape(rows, -1)
+    each = 8 // bits
+    filled = torch.nn.functional.pad(kept, (0, -kept.shape[1] % each)).reshape(rows, -1, each)
+    return values, (filled << torch.arange(each) * bits).sum(-1).to(torch.uint8)
+
+
 def unpack(node: Any, initializers: dict[str, Any]) -> Tensor:
     """Return the dense tensor of an NMUnpack node, from the file's initializers by name."""
     import onnx
 
     facts = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     values, codes = (from_proto(initializers[name]) for name in node.input)
-    dense: Tensor = ops.nm_unpack(values, codes, facts["n"], facts["m"], facts["matrix"][1])
+    n, m, (rows, depth) = facts["n"], facts["m"], facts["matrix"]
+    kept = values.shape[1]
+    columns = places_of(codes, kept, m) + torch.arange(kept) // n * m
+    dense = values.new_zeros(rows, depth).scatter(1, columns, values)
     return dense.reshape(facts["shape"]).permute(facts["perm"]).contiguous()
 
 

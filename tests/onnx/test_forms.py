@@ -14,6 +14,7 @@ import sparsefx as sfx
 from sparsefx import masks
 from sparsefx.onnx import coo, forms, packed, reading, writing
 from sparsefx.onnx.tensors import code_of, from_proto, to_proto
+from sparsefx.ops.packed import _nm_pack  # the reference, without a kernel to compile
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -65,6 +66,17 @@ def test_any_runtime_expands_what_is_packed(shape, n, m, dim):
     read = reading.stored_tensors(model)
     assert all(torch.equal(read[name], w) and read[name].dtype == w.dtype
                for name, w in tensors.items())  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 8), (5, 32)])
+def test_the_layout_is_that_of_nm_pack(n, m):
+    w = masked((6, 3 * m), n, m, 1, torch.float32)
+    w[2] = 0  # places of zeros are written, too
+    w[3, ::2] = 0
+    values, codes = _nm_pack(w, n, m)
+    protos, _ = packed.pack("w", w, packed.Groups(n, m, 1, 0))
+    assert torch.equal(from_proto(protos[0]), values)
+    assert torch.equal(from_proto(protos[1]), codes)
 
 
 def test_constant_folding_leaves_the_plain_weight():

@@ -117,7 +117,11 @@ def test_convolutions_sample_channels_of_each_group(tmp_path, run_file):
 def graph_of(node: onnx.NodeProto, w: torch.Tensor, x: tuple[int, ...]) -> onnx.ModelProto:
     info = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
-        [node], "g", [info("x", 1, list(x))], [info("y", 1, ["a", "b", "c"][: len(x)])], [to_proto("w", w)]
+        [node],
+        "g",
+        [info("x", 1, list(x))],
+        [info("y", 1, ["a", "b", "c"][: len(x)])],
+        [to_proto("w", w)],
     )
     opset = onnx.helper.make_opsetid("", 18)
     return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9)
