@@ -48,7 +48,8 @@ ARROWS: dict[str, set[str]] = {
     "permutation": LEAVES | {"capture", "naming", "rewriting"},
     "compact": LEAVES | {"permutation"},
 }
-ABOVE_ALL = {"__init__", "testing", "cli", "__main__"}  # may import every room; no room may import them
+# These may import every room; no room may import them.
+ABOVE_ALL = {"__init__", "testing", "cli", "__main__"}
 
 PRIVATE = re.compile(r"torch(\.\w+)*\._\w+|torch\.fx\.experimental\b")
 # Underscored, yet contracts: _check and its kin are documented, operators are called by schema.
