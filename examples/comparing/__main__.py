@@ -3,6 +3,7 @@
 import argparse
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 from methods import METHODS, train
 from rich.console import Console
@@ -16,8 +17,9 @@ def trained(jobs: list[Job], processes: int) -> list[Run]:
     """Run trainings, several at a time where there are several processes."""
     if processes == 1 or len(jobs) == 1:
         return [train(*job) for job in jobs]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return pool.starmap(train, jobs, chunksize=1)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        return list(pool.map(train, *zip(*jobs, strict=True)))
 
 
 def main() -> None:
@@ -42,7 +44,7 @@ def main() -> None:
     ]
     print(f"{len(runs)} trainings in {time.perf_counter() - began:.0f} s")
     console = Console()
-    console = Console(width=max(console.width, 160))
+    console = Console(width=max(console.width, 180))
     console.print(table(found, judged=args.epochs >= 40))
     if args.epochs < 40:
         print("A short run: accuracy is not judged.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from task import BATCH, SIZE, Run, Task
+from torch import nn
 from torch.nn import functional as F
 
 import sparsefx as sfx
@@ -86,11 +87,19 @@ def transposable(task: Task) -> Run:
     return compiled(task, (sparsifier, task.sgd()))
 
 
+def narrow_start(task: Task) -> None:
+    """Start as SET does, whose layers have few inputs left: normal weights of deviation 0.1."""
+    for layer in task.model[:3:2]:
+        nn.init.normal_(layer.weight, std=0.1)
+
+
 def static(task: Task) -> Run:
+    narrow_start(task)
     return compiled(task, (Static(task.model, epsilon=8, rules=HIDDEN, seed=task.seed), task.sgd()))
 
 
 def evolving(task: Task, kind: type[SET] | type[RigL], **options: Any) -> Run:
+    narrow_start(task)
     optimizer = task.sgd()
     shared = {"epsilon": 8, "every": task.every, "rules": HIDDEN, "seed": task.seed}
     return compiled(task, (kind(task.model, optimizer=optimizer, **shared, **options), optimizer))
