@@ -76,7 +76,7 @@ def draw(found: Sequence[Found], path: str) -> None:
         by_time.errorbar(
             [one.mean("seconds")], [y], [one.spread], ms=8, lw=1, label=one.method.title, **look
         )
-    by_macs.set_xlabel("M multiply-accumulates a step; hollow: what masks leave (VR-PGE: weight steps)")
+    by_macs.set_xlabel(
         "M multiply-accumulates a step; hollow: what masks leave (of VR-PGE, weight steps alone)"
     )
     by_time.set_xlabel("seconds a training, masks included")
