@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> Result:
         loss_of(subject.model(*subject.args, **subject.kwargs))  # refuses before it compiles
     eager = subject.config.codegen == "aot_eager"
     dense = torch.compile(subject.model, backend="aot_eager" if eager else "inductor")
-    sparse = torch.compile(subject.model, backend="sparsefx", options={"config": subject.config})
+    config: dict[str, Any] = {"config": subject.config}
+    sparse = torch.compile(subject.model, backend="sparsefx", options=config)
     field = [_step(compiled, subject, options.inference) for compiled in (dense, sparse)]
     times = race(field, options.rounds, options.warmup, device)
     return _result(options, device, times, explain(sparse))

@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import warnings
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparsefx import compat
 from sparsefx.cli.results import Result
+from sparsefx.config import SparseConfig
 from sparsefx.errors import KernelError
 
 _MARKS = {"works": "ok", "not needed": "-", "missing": "!", "broken": "x"}
@@ -211,8 +213,9 @@ def try_training(codegen: str) -> Finding:
 
 def _train(codegen: str, device: str) -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).to(device)
-    config = {"codegen": codegen, "strict": True, "keep_output_dense": False}
-    compiled = torch.compile(model, backend="sparsefx", options={"config": config})
+    config = SparseConfig(codegen=codegen, strict=True, keep_output_dense=False)
+    options: dict[str, Any] = {"config": config}
+    compiled = torch.compile(model, backend="sparsefx", options=options)
     compiled(torch.ones(4, 16, device=device)).sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is None or not bool(parameter.grad.isfinite().all()):
