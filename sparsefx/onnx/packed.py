@@ -25,7 +25,7 @@ _GROUPS = (2, 4, 8, 16, 32)  # the m that are tried
 
 _FUNCTION = """
 <domain: "sparsefx", opset_import: ["" : %d]>
-NMUnpack <n, m, shifts, low, matrix, shape, perm> (values, codes) => (w)
+NMUnpack <n, m, shifts, low, matrix, shape, perm, dtype> (values, codes) => (w)
 {
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
@@ -55,7 +55,7 @@ NMUnpack <n, m, shifts, low, matrix, shape, perm> (values, codes) => (w)
   size = Constant <value_ints: ints = @matrix> ()
   nothing = Constant <value_float: float = 0.0> ()
   blank = Expand (nothing, size)
-  empty = CastLike (blank, values)
+  empty = Cast <to: int = @dtype> (blank)
   filled = ScatterElements <axis: int = 1> (empty, columns, values)
   wanted = Constant <value_ints: ints = @shape> ()
   shaped = Reshape (filled, wanted)
@@ -116,7 +116,7 @@ def pack(name: str, w: Tensor, groups: Groups) -> tuple[list[Any], Any]:
         NAME, [f"{name}.values", f"{name}.codes"], [name], name=f"unpack {name}", domain=DOMAIN,
         n=n, m=m, shifts=list(range(0, 8, bits)), low=(1 << bits) - 1,
         matrix=[w.numel() // w.shape[dim], w.shape[dim]], shape=list(moved.shape),
-        perm=[order.index(axis) for axis in range(w.dim())],
+        perm=[order.index(axis) for axis in range(w.dim())], dtype=code_of(w.dtype),
     )  # fmt: skip
     return [to_proto(f"{name}.values", values), to_proto(f"{name}.codes", codes)], node
 

@@ -79,7 +79,7 @@ def test_the_layout_is_that_of_nm_pack(n, m):
     assert torch.equal(from_proto(protos[1]), codes)
 
 
-def test_constant_folding_leaves_the_plain_weight():
+def test_constant_folding_leaves_the_plain_weight(tmp_path):
     from onnxscript import optimizer
 
     w = masked((8, 16), 2, 4, 1, torch.float32)
@@ -87,6 +87,12 @@ def test_constant_folding_leaves_the_plain_weight():
     folded = optimizer.optimize(model, input_size_limit=10**6, output_size_limit=10**6)
     assert {node.op_type for node in folded.graph.node} <= {"Cast", "Identity"}
     assert any(torch.equal(from_proto(p), w) for p in folded.graph.initializer)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+    onnxruntime.InferenceSession(model.SerializeToString(), options)
+    folded = onnx.load(options.optimized_model_filepath)
+    assert {node.op_type for node in folded.graph.node} <= {"Cast", "Identity"}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_a_form_that_can_not_be_is_refused(weights, tensors, message):
 @pytest.mark.parametrize("name", ["gpt2", "cnn"])
 def test_a_packed_model_reads_back(name, build, run_file, tmp_path):
     model, x = build(name)
-    report = sfx.export_onnx(model, x, tmp_path / "m.onnx", rules(2, 4), weights="packed")
+    report = sfx.export_onnx(model, x, tmp_path / "m.onnx", rules(2, 4), "packed", verify=False)
     made = {row.parameter: row for row in report.rows if row.form == "packed" and row.pattern}
     assert len(made) == 4
     assert all(row.bytes * 32 == row.dense_bytes * 17 for row in made.values())
@@ -239,7 +245,7 @@ def test_sparse_initializers_and_external_data(wide, run_file, tmp_path):
     parametrize.remove_parametrizations(model[0], "weight")
     path = tmp_path / "m.onnx"
     report = sfx.export_onnx(
-        model, x, path, rules(1, 8), "coo", force=True, external_above=1000
+        model, x, path, rules(1, 8), "coo", force=True, verify=False, external_above=1000
     )  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert report.form == "coo"
@@ -273,15 +279,13 @@ def test_files_that_can_not_be_read(tmp_path):
         sfx.onnx.load_weights(tmp_path / "lost.onnx")
 
 
-@pytest.mark.parametrize("drop", ["tensor", "form"])
-def test_what_reads_back_otherwise_is_an_error(drop, tmp_path, monkeypatch):
+def test_what_reads_back_otherwise_is_an_error(tmp_path, monkeypatch):
     real = forms.apply
 
     def losing(model, choices):
         written = real(model, choices)
-        if choices and drop == "tensor":
-            del written.graph.sparse_initializer[:]
-        return model if choices and drop == "form" else written
+        del written.graph.sparse_initializer[:]
+        return written
 
     monkeypatch.setattr(forms, "apply", losing)
     monkeypatch.setattr(writing, "run_checker", lambda *_: None)
