@@ -2,6 +2,7 @@
 
     export.py     the call: what is checked, in which order, and what is left on disk
     zeros.py      which elements of which parameters the compiler would multiply by zero
+    views.py      what a view of a parameter reads
     masking.py    the copy of the model that has these zeros
     drafting.py   what torch.onnx makes of it
     facts.py      where these parameters ended up in the file, and what holds there

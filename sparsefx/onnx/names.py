@@ -28,7 +28,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
         if not parametrize.is_parametrized(module):
             continue
         start = f"{path}." if path else ""
-        for name in module.parametrizations:  # type: ignore[union-attr]
+        for name in module.parametrizations:
             inside = f"{start}parametrizations.{name}."
             state = {key: value for key, value in state.items() if not key.startswith(inside)}
             with torch.no_grad():

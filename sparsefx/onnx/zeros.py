@@ -7,22 +7,20 @@ sliced and stacked weights need no case of their own.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from sparsefx import naming, ops, pipeline
 from sparsefx.capture import Compilation, record_graphs, trace_again
 from sparsefx.config import NM, Sampled, SparseConfig
 from sparsefx.errors import ExportError
 from sparsefx.onnx.sampled import Product
+from sparsefx.onnx.views import View
 from sparsefx.plan import Plan
 from sparsefx.rewriting import CASTS, INPUT, arguments, peel, plan_of, value
 
@@ -291,7 +289,7 @@ def _readers(source: Node) -> Iterator[tuple[Node, Node]]:
 def _use(reading: _Reading, tensor: Tensor) -> Use:
     node, user, plan, pattern = reading.node, reading.user, reading.plan, reading.pattern
     op = "output" if user.op == "output" else naming.op_name(user.target)
-    view = _View(reading.source, tensor)
+    view = View(reading.source, tensor)
     if pattern is None or plan is None:
         layer = plan.site.layer if plan is not None else naming.layer_of(user, None)
         return Use(layer, op, view.index(node))
@@ -300,31 +298,3 @@ def _use(reading: _Reading, tensor: Tensor) -> Use:
     dim = 1 if plan.site.kind == "conv" else value(stored).dim() - 2 + flipped
     mask = ops.nm_mask(view.value(stored), pattern.n, pattern.m, dim, pattern.transposable)
     return Use(plan.site.layer, op, view.index(stored), mask, pattern, dim)
-
-
-class _View:
-    """Evaluates views of a parameter: on its values, and on the numbers of its elements."""
-
-    def __init__(self, source: Node, tensor: Tensor) -> None:
-        self._tensor = tensor.detach()
-        self._source = source
-
-    def value(self, node: Node) -> Tensor:
-        """Return what the product would read, cast as autocast casts it."""
-        return self._run(node, self._tensor, set())
-
-    def index(self, node: Node) -> Tensor:
-        """Return which elements of the parameter these are."""
-        count = math.prod(self._tensor.shape)
-        numbers = torch.arange(count, device=self._tensor.device).view(self._tensor.shape)
-        return self._run(node, numbers, CASTS)
-
-    def _run(self, node: Node, start: Tensor, skipped: set[Any]) -> Tensor:
-        if node is self._source:
-            return start
-        if node.target in skipped:
-            return self._run(arguments(node)[0], start, skipped)
-        args, kwargs = map_arg(
-            (node.args, node.kwargs), lambda other: self._run(other, start, skipped)
-        )
-        return node.target(*args, **kwargs)  # type: ignore[no-any-return,operator]
