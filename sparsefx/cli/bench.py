@@ -124,6 +124,7 @@ def _result(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "codegen": report.config.codegen,
         "rounds": options.rounds,
         **rows,
         "dense_over_sparse": ratio,
@@ -147,7 +148,7 @@ def _text(data: dict[str, Any]) -> str:
     products, flops, ratio = data["products"], data["flops"], data["dense_over_sparse"]
     lines = [
         f"{data['model']}, {data['what']}, on {data['device']} ({data['threads']} threads, torch "
-        f"{data['torch']}), {data['rounds']} rounds in turns",
+        f"{data['torch']}, {data['codegen']}), {data['rounds']} rounds in turns",
         f"{'':<8}{'median ms':>12}{'p20':>10}{'p80':>10}",
     ]
     for name in ("dense", "sparse"):
@@ -161,4 +162,6 @@ def _text(data: dict[str, Any]) -> str:
     )
     if not products["sparse"]:
         lines.append("nothing became sparse: sparsefx explain says why")
+    elif flops["executed"] >= flops["dense"]:
+        lines.append("no operation is saved: masked operands are multiplied in full")
     return "\n".join(lines + [f"failure: {text}" for text in data["failures"]])

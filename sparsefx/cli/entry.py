@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from sparsefx.cli.parser import build_parser
 from sparsefx.cli.results import Result, UsageError
-from sparsefx.errors import SparsefxError
+from sparsefx.errors import ConfigError, SparsefxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where the command failed, or where ``doctor`` finds that the backend
-        can't compile; 2 where what was typed makes no sense; 130 after an interrupt.
+        can't compile; 2 where what was typed, or the config, makes no sense; 130 after an
+        interrupt.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in words, "--debug" in words
@@ -70,7 +71,7 @@ def _failed(error: Exception, as_json: bool, debug: bool) -> int:
     print(f"sparsefx: error: {message}{hint}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}, indent=2))
-    return 2 if isinstance(error, UsageError) else 1
+    return 2 if isinstance(error, UsageError | ConfigError) else 1
 
 
 def _line(error: Exception) -> str:

@@ -78,11 +78,12 @@ def _module_of(name: str, source: str) -> ModuleType:
 def _file(name: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"model {name!r}: there is no file {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    known = path.stem if path.stem not in sys.modules else f"sparsefx_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(known, path)
     assert spec is not None, path  # a file that ends in .py always has a loader
     assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # classes look for their module by its name
+    sys.modules[known] = module  # classes and Dynamo look for their module by its name
     spec.loader.exec_module(module)
     return module
 

@@ -73,6 +73,7 @@ def test_words_that_are_understood(line: str):
         (("explain", "net:build", *X, "--device", "abacus"), "--device 'abacus' can't be used"),
         (("export", "net:Words", "m.onnx", *X, *X, *X), "--input: the model's forward: too many"),
         (("export", "net:Words", "m.onnx", "--input", "keep=bool[2]"), "missing a required arg"),
+        (("export", "net:build", "m.onnx", *X, "--weights", "w"), "weights='w' is not one of"),
     ],
 )
 def test_what_makes_no_sense_is_one_line_and_code_2(words, message: str, call):
@@ -100,7 +101,6 @@ def test_a_bad_config_file_is_usage_with_its_line(call, folder: Path):
         (("explain", "net:build", "--input", "float32[4,17]"), "RuntimeError: mat1 and mat2 shap"),
         (("bench", "net:Frozen", *X), "no output of the model has a gradient, so there is no back"),
         (("export", "net:build", "no/m.onnx", *X), "the folder 'no' doesn't exist; create it"),
-        (("export", "net:build", "m.onnx", *X, "--weights", "w"), "weights='w' is not one of"),
     ],
 )
 def test_a_failure_is_one_line_and_code_1(words, message: str, call):

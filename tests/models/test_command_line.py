@@ -9,7 +9,7 @@ import pytest
 from sparsefx.cli import main
 
 INPUTS = {
-    "gpt2": "input_ids=int64[2,9]:3..95",
+    "gpt2-small": "input_ids=int64[2,9]:3..95",
     "resnet-small": "pixel_values=float32[4,3,24,24]:-1..1",
 }
 
@@ -32,7 +32,15 @@ def test_bench_finds_the_loss_of_a_model_of_theirs(zoo, monkeypatch, capsys, tmp
     monkeypatch.setitem(sys.modules, "shelf", module)
     config = tmp_path / "c.json"
     config.write_text('{"codegen": "aot_eager", "rules": [{"match": "*.mlp.*"}]}')
-    words = ["bench", "shelf:model", "--input", INPUTS["gpt2"], "--config", str(config), "--json"]
+    words = [
+        "bench",
+        "shelf:model",
+        "--input",
+        INPUTS["gpt2-small"],
+        "--config",
+        str(config),
+        "--json",
+    ]
     assert main([*words, "--rounds", "2", "--warmup", "1"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["products"]["sparse"] == 0
