@@ -165,8 +165,7 @@ def test_twice_is_once_and_scale_is_nothing(case, scale):
         assert torch.equal(nm_mask(w * mask, n, m), mask)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16)])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("n", "m", "dynamic"), [(2, 4, True), (8, 16, False)])
 def test_compiled(n, m, dynamic):
     compiled = torch.compile(nm_mask, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for w in (torch.randn(8, 32), torch.randn(32, 48).t(), torch.randn(16, 32, 3, 3)):
@@ -175,8 +174,9 @@ def test_compiled(n, m, dynamic):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16)])
+@pytest.mark.parametrize(
+    ("n", "m", "dtype"), [*((2, 4, dtype) for dtype in DTYPES), (8, 16, torch.float32)]
+)
 def test_inductor(n, m, dtype):
     @torch.compile(fullgraph=True)
     def prune(w):
