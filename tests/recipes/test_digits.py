@@ -1,4 +1,4 @@
-"""Accuracy on scikit-learn's digits by estimator: 1 to 3 seeds, all layers sampled, the last one too.
+"""Accuracy on digits by estimator: 1 to 3 seeds, all layers sampled, the last one too.
 
 Dense reaches 97.8 %. ``python examples/recipes --digits-table`` prints what stands behind the
 bounds: every estimator at three ratios.
