@@ -92,7 +92,7 @@ def test_own_rule(root: Path):
 def test_own_pass(root: Path):
     said = run(root, "03_own_pass.py")
     assert "+%5 = clamp(%4, -0.001, 0.001) : float32[5, 3]" in said
-    assert "share_masks > clip_gradients > cleanup" in said
+    assert "lower_vendor > clip_gradients > cleanup" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("  ")]
     found = {row[0]: row[1:] for row in rows if row and row[0].endswith(".weight")}
     assert found["fc1.weight"][1] == found["fc2.weight"][1] == "0.00100"
