@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-import timing
 import torch
 from torch import Tensor, nn
 
 from sparsefx.sparsifiers.vrpge import VRPGE, CompactStep
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
+
+import timing
 
 
 class Block(nn.Module):

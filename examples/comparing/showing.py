@@ -77,7 +77,7 @@ def draw(found: Sequence[Found], path: str) -> None:
             [one.mean("seconds")], [y], [one.spread], ms=8, lw=1, label=one.method.title, **look
         )
     by_macs.set_xlabel(
-        "M multiply-accumulates a step; hollow: what masks leave (of VR-PGE, weight steps alone)"
+        "M multiply-accumulates a step\nhollow: what masks leave (of VR-PGE, weight steps alone)"
     )
     by_time.set_xlabel("seconds a training, masks included")
     by_macs.set_ylabel("test accuracy, %")
