@@ -221,7 +221,7 @@ def test_a_site_that_fails_is_dense_and_the_rest_sparse(monkeypatch, joint, valu
     sites = list(dict.fromkeys(saboteur.seen))
     assert sites
     expected = {}
-    for site in sites[:: 12 if name == "inline_references" else 4 if late else 3]:
+    for site in sites[:: 12 if name == "inline_references" else 4]:
         saboteur.target = site
         gm, outcome, caught = rewritten(joint)
         saboteur.target = None

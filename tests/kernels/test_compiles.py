@@ -79,9 +79,11 @@ CASES = {  # module, kernel, element, strides of 1, constants; tiles of a 1024^3
     "largest": ("scores", "_topk_of_parts_kernel", "i64", "", {"BOTH": True, "BLOCK": 8192}),
 }
 
-# every kernel for the newest chip, one of each module for the oldest: a compilation takes a second
+# every kernel for the newest chip, some for the oldest: a compilation takes a second
 BUILT = [(case, 90) for case in CASES]
-BUILT += [(case, 80) for case in {CASES[case][0]: case for case in reversed(CASES)}.values()]
+BUILT += [
+    (case, 80) for case in ("nm_mm-2:4", "sampled", "stored-mask", "stored-conv", "packed-2:4")
+]
 
 
 pytestmark = pytest.mark.skipif(
