@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import weakref
 from typing import Any
@@ -23,9 +22,9 @@ from sparsefx.sparsifiers.guard import (
     tell_fault,
 )
 from sparsefx.sparsifiers.mask import check_checkpoint, full, local, shard_like
-from sparsefx.sparsifiers.recurrent import find_all, free_after_forward
+from sparsefx.sparsifiers.recurrent import free_after_forward, recurrent_targets
 from sparsefx.sparsifiers.schedules import Cubic, whole_number
-from sparsefx.sparsifiers.targets import Rules, Target
+from sparsefx.sparsifiers.targets import Rules, Target, find_targets
 from sparsefx.sparsifiers.thresholds import ThresholdMask
 from sparsefx.sparsifiers.unstructured import Unstructured
 
@@ -96,7 +95,8 @@ class DST(Sparsifier[Unstructured]):
         self.optimizer: torch.optim.Optimizer | None = None
         if not isinstance(model, nn.Module):
             raise SparsifierError(f"model is {type(model).__name__}; pass an nn.Module")
-        targets, self.skipped = find_all(model, rules, Unstructured(density))
+        pattern, recurrent = Unstructured(density), recurrent_targets(model)
+        targets, self.skipped = find_targets(model, rules, pattern, recurrent)
         self._place(model, targets)
         self._held: Tensor | None = None
         self._settled = False
@@ -105,13 +105,10 @@ class DST(Sparsifier[Unstructured]):
         """Do what the constructor of :class:`Sparsifier` does, with masks that have thresholds."""
         self.model = model
         self.layers: dict[str, Layer[Unstructured]] = {}
-        orders = {target.name: tuple(target.module._parameters) for target, _ in targets}
         for target, pattern in targets:
             weight = target.weight.detach()
             mask = ThresholdMask(weight, weight != 0, pattern, 1 - target.axis)
-            layer = base._register(target, mask, pattern)
-            # a module of several weights: the order before the first of them was taken away
-            self.layers[target.name] = dataclasses.replace(layer, order=orders[target.name])
+            self.layers[target.name] = base._register(target, mask, pattern)
         self._squashed = False
         self._attached: dict[str, nn.Parameter] = {}
         self._handles: dict[str, list[Any]] = {}

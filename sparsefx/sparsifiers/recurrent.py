@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsefx.sparsifiers import targets as finding
-from sparsefx.sparsifiers.targets import Rules, Target
+from sparsefx.sparsifiers.targets import Target
 from sparsefx.sparsifiers.unstructured import Unstructured
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -24,7 +24,8 @@ _MATRICES = ("weight_ih", "weight_hh", "weight_hr")  # of inputs, of hidden stat
 def recurrent_targets(model: nn.Module) -> Iterator[Target]:
     """Every weight matrix of a recurrent layer, in the model's order.
 
-    An LSTM's matrix is [4 * hidden, in]: a row is one hidden unit's in one gate.
+    One is called "lstm.weight_ih_l0". An LSTM's matrix is [4 * hidden, in]: a row is one hidden
+    unit's in one gate.
     """
     for path, module in model.named_modules():
         if not isinstance(module, RECURRENT):
@@ -35,46 +36,6 @@ def recurrent_targets(model: nn.Module) -> Iterator[Target]:
                 name = f"{path}.{tensor_name}".lstrip(".")
                 around = finding._types(model, path)
                 yield Target(name, module, tensor_name, "recurrent", around)
-
-
-def find_all(
-    model: nn.Module, rules: Rules, pattern: Unstructured
-) -> tuple[list[tuple[Target, Unstructured]], dict[str, str]]:
-    """Do what :func:`find_targets` does, with recurrent layers among the targets.
-
-    Args:
-        model: the plain one.
-        rules: as for :func:`find_targets`; a recurrent weight is called "lstm.weight_ih_l0".
-        pattern: of every target.
-
-    Returns:
-        Targets with patterns, recurrent ones last; and name -> why a weight is left dense.
-
-    Raises:
-        SparsifierError: as :func:`find_targets`.
-    """
-    entries = finding._entries(rules, pattern)
-    owners = finding.owners_of(model)
-    found: list[tuple[Target, Unstructured]] = []
-    skipped: dict[str, str] = {}
-    used: set[int] = set()
-    for target in (*finding.all_targets(model), *recurrent_targets(model)):
-        matching = [i for i, rule in enumerate(entries) if finding.matches(rule, target)]
-        used.update(matching)
-        wanted = finding._wanted(entries[matching[0]], pattern) if matching else None
-        reason = "" if matching else "no rule matches"
-        if matching and wanted is None:
-            reason = "the rule says Dense()"
-        if wanted is not None:
-            reason = finding._unfit(target, wanted, owners)
-        if reason or wanted is None:
-            skipped[target.name] = reason
-        else:
-            found.append((target, wanted))
-    finding._check_rules(entries, used, found, skipped)
-    for target, _ in found:
-        finding._check_values(target)
-    return found, skipped
 
 
 def free_after_forward(

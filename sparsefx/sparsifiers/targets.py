@@ -6,7 +6,7 @@ Nothing here changes the model: what is wrong is found before a first parameter 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, rules: Rules, pattern: P
+    model: nn.Module, rules: Rules, pattern: P, more: Iterable[Target] = ()
 ) -> tuple[list[tuple[Target, P]], dict[str, str]]:
     """Decide which weights are masked, and with which pattern. Changes nothing.
 
@@ -99,10 +99,11 @@ def find_targets(
             ``Dense()``), or a glob or a type, for a rule that says ``pattern``. Layers that no
             entry matches are left alone.
         pattern: for all that a rule doesn't say otherwise.
+        more: weights of kinds that only the caller masks.
 
     Returns:
-        The targets with their patterns, in the model's order; and layer -> reason for those that
-        are left dense.
+        The targets with their patterns, in the model's order, ``more`` last; and layer -> reason
+        for those that are left dense.
 
     Raises:
         SparsifierError: an entry that is none of these or matches nothing; a layer that already
@@ -113,7 +114,7 @@ def find_targets(
     skipped: dict[str, str] = {}
     used: set[int] = set()
     owners = owners_of(model)
-    for target in all_targets(model):
+    for target in (*all_targets(model), *more):
         matching = [i for i, rule in enumerate(entries) if matches(rule, target)]
         used.update(matching)
         wanted = _wanted(entries[matching[0]], pattern) if matching else None

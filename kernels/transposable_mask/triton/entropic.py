@@ -4,7 +4,6 @@ Meaning: sparsefx/masks/entropic.py, step by step in its order. Sums are float32
 may fall otherwise than there.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +13,7 @@ from sparsefx.kernels.transposable_mask.triton.tile import (
     chosen,
     corners,
     largest_of_rows,
+    launch,
     load_bits,
     over_tile,
     places,
@@ -123,10 +123,4 @@ def solve(w: Tensor, mask: Tensor, n: int, m: int) -> None:
         n: 1 to m - 1.
         m: a power of two, 4 to 32.
     """
-    taps, down, across = w.shape[0], w.shape[1] // m, w.shape[2] // m
-    count, tiles = taps * down * across, max(1, 256 // (m * m))
-    with torch.cuda.device_of(w):
-        _entropic_kernel[(triton.cdiv(count, tiles),)](
-            w, mask, count, down, across, *w.stride(), *mask.stride(),
-            N=n, LOG=m.bit_length() - 1, T=tiles, SHARPNESS=SHARPNESS, ROUNDS=ROUNDS,
-            num_warps=4 if m > 16 else 1)  # fmt: skip
+    launch(_entropic_kernel, w, mask, n, m, SHARPNESS=SHARPNESS, ROUNDS=ROUNDS)

@@ -4,7 +4,6 @@ Meaning: sparsefx/masks/flow.py, whose masks these are, ties included. Lengths a
 2**53, so a minimum and its first place are one int64, length * M + place.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +13,7 @@ from sparsefx.kernels.transposable_mask.triton.tile import (
     chosen,
     corners,
     largest_of_rows,
+    launch,
     load_bits,
     places,
     summary,
@@ -97,9 +97,4 @@ def solve(w: Tensor, mask: Tensor, n: int, m: int) -> None:
         n: 1 to m - 1.
         m: a power of two, 8 to 32.
     """
-    taps, down, across = w.shape[0], w.shape[1] // m, w.shape[2] // m
-    count, tiles = taps * down * across, max(1, 256 // (m * m))
-    with torch.cuda.device_of(w):
-        _exact_kernel[(triton.cdiv(count, tiles),)](
-            w, mask, count, down, across, *w.stride(), *mask.stride(),
-            N=n, LOG=m.bit_length() - 1, T=tiles, num_warps=4 if m > 16 else 1)  # fmt: skip
+    launch(_exact_kernel, w, mask, n, m)

@@ -1,7 +1,11 @@
 """Tiles of a matrix, or of each tap of a conv weight, in registers: parts of kernels."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sparsefx.kernels.transposable_mask.triton.levels import INFINITY, magnitude_bits
 
@@ -55,3 +59,13 @@ def largest_of_rows(key, N: tl.constexpr, M: tl.constexpr):
 def chosen(x, here, AXIS: tl.constexpr):
     """The one entry along AXIS where ``here``; 0 where there is none."""
     return tl.sum(tl.where(here, x, 0), AXIS, keep_dims=True)
+
+
+def launch(kernel: Any, w: Tensor, mask: Tensor, n: int, m: int, **constants: Any) -> None:
+    """Run a kernel on the m x m tiles of w [taps, rows, cols], a warp's worth in a program."""
+    taps, down, across = w.shape[0], w.shape[1] // m, w.shape[2] // m
+    count, tiles = taps * down * across, max(1, 256 // (m * m))
+    with torch.cuda.device_of(w):
+        kernel[(triton.cdiv(count, tiles),)](
+            w, mask, count, down, across, *w.stride(), *mask.stride(), N=n,
+            LOG=m.bit_length() - 1, T=tiles, num_warps=4 if m > 16 else 1, **constants)  # fmt: skip
